@@ -1,0 +1,1 @@
+"""What faces the client: tokenizer, sampling, scheduler, pipelines, doors, command line. No torch here."""

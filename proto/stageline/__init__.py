@@ -1,0 +1,1 @@
+"""What a client of Stageline imports: generated stubs and typed errors."""
