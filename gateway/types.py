@@ -1,0 +1,126 @@
+"""What moves between the doors, the engine and the scheduler. Plain data, no effects."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen; already validated and completed from the model's defaults.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 keep every token. `seed` is always set: drawn at the
+    door where the client gave none. `eos_token_ids` is empty with ignore_eos.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    include_stop_string: bool = False
+    num_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def has_penalties(self) -> bool:
+        """Whether the last stage must keep the sequence's history."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One request, after its door: tokenized, validated, with limits known.
+
+    `resume_token_ids` were generated before for `first_choice` (num_choices is 1 then): they count as generated, are
+    not sent again, and the answer goes on after them. `deadline_s` is on the `time.monotonic` clock.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    num_choices: int = 1
+    first_choice: int = 0
+    resume_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    deadline_s: float | None = None
+
+
+class FinishReason(enum.Enum):
+    """Why a choice ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities of one generated token, by the model's own distribution.
+
+    `top` holds (token id, log-probability), descending, `num_logprobs` of them.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceDelta:
+    """What is new of one choice. The last delta of a choice has `finish_reason`.
+
+    `text` may lag behind `token_ids`: half characters and possible beginnings of stop strings are held back.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    matched_stop: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One stage process, as `stageline status` shows it. `state`: spare, claimed, connected, draining or lost."""
+
+    pid: int
+    node: str
+    address: str
+    state: str
+    layers: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineStatus:
+    """One pipeline. `state`: forming, ready, recovering or draining. `stages[i]` is the replica of stage i."""
+
+    id: str
+    epoch: int
+    state: str
+    stages: tuple[ReplicaStatus, ...]
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_running_sequences: int = 0
+    num_waiting_sequences: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the doors need to know of the model served."""
+
+    name: str
+    fingerprint: str
+    max_context_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    generation_defaults: dict[str, object] = field(default_factory=dict)
