@@ -12,18 +12,54 @@ from stageline.errors import CheckpointError
 
 # Keys that say nothing about the function the model computes (training, bookkeeping, or read elsewhere).
 _IGNORED_KEYS = frozenset(
-    """
-    architectures attention_dropout bos_token_id pad_token_id initializer_range model_type torch_dtype dtype
-    transformers_version use_cache _name_or_path name_or_path auto_map output_attentions output_hidden_states
-    return_dict chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder _attn_implementation
-    """.split()
+    [
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+        "_name_or_path",
+        "name_or_path",
+        "auto_map",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "is_encoder_decoder",
+        "_attn_implementation",
+    ]
 )
 _READ_KEYS = frozenset(
-    """
-    eos_token_id head_dim hidden_act hidden_size intermediate_size layer_types max_position_embeddings
-    max_window_layers num_attention_heads num_hidden_layers num_key_value_heads quantization_config rms_norm_eps
-    rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window vocab_size
-    """.split()
+    [
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "quantization_config",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_sliding_window",
+        "vocab_size",
+    ]
 )
 
 
@@ -52,8 +88,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-                     "vocab_size", "max_position_embeddings"):
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise _invalid(name, f"{name} must be a positive integer, got {value!r}", value=value)
@@ -82,7 +126,9 @@ class ModelConfig:
                 "UNKNOWN_ARCHITECTURE",
                 f"{source}: model_type {data.get('model_type')!r} with architectures {architectures} is not served; "
                 "expected model_type 'qwen2' with Qwen2ForCausalLM",
-                model_type=data.get("model_type"), architectures=architectures, source=source,
+                model_type=data.get("model_type"),
+                architectures=architectures,
+                source=source,
             )
         unknown = sorted(data.keys() - _IGNORED_KEYS - _READ_KEYS)
         if unknown:
@@ -90,13 +136,19 @@ class ModelConfig:
                 "UNKNOWN_CONFIG_KEY",
                 f"{source}: unknown key {', '.join(map(repr, unknown))}: it could change what the model computes; "
                 "remove it if it does not",
-                keys=",".join(unknown), source=source,
+                keys=",".join(unknown),
+                source=source,
             )
-        missing = sorted({"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                          "vocab_size"} - data.keys())
+        missing = sorted(
+            {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"} - data.keys()
+        )
         if missing:
-            raise CheckpointError("CONFIG_KEY_MISSING", f"{source}: missing key {', '.join(missing)}",
-                                  keys=",".join(missing), source=source)
+            raise CheckpointError(
+                "CONFIG_KEY_MISSING",
+                f"{source}: missing key {', '.join(missing)}",
+                keys=",".join(missing),
+                source=source,
+            )
         rope = _rope_theta(data, source)
         if data.get("hidden_act", "silu") != "silu":
             raise _invalid("hidden_act", f"{source}: hidden_act must be 'silu', got {data['hidden_act']!r}")
@@ -107,8 +159,11 @@ class ModelConfig:
         head_dim = data.get("head_dim")
         if head_dim is None:
             if not isinstance(num_heads, int) or num_heads < 1 or data["hidden_size"] % num_heads:
-                raise _invalid("num_attention_heads", f"{source}: hidden_size ({data['hidden_size']}) must be a multiple "
-                               f"of num_attention_heads ({num_heads})")
+                raise _invalid(
+                    "num_attention_heads",
+                    f"{source}: hidden_size ({data['hidden_size']}) must be a multiple "
+                    f"of num_attention_heads ({num_heads})",
+                )
             head_dim = data["hidden_size"] // num_heads
         num_kv_heads = data.get("num_key_value_heads")
         return cls(
@@ -135,8 +190,9 @@ class ModelConfig:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError("CONFIG_MISSING", f"{path} does not exist; a model folder needs a config.json",
-                                  path=path) from None
+            raise CheckpointError(
+                "CONFIG_MISSING", f"{path} does not exist; a model folder needs a config.json", path=path
+            ) from None
         except (ValueError, OSError) as error:
             raise CheckpointError("CONFIG_UNREADABLE", f"{path} cannot be read as JSON: {error}", path=path) from None
         if not isinstance(data, dict):
@@ -155,8 +211,11 @@ def _rope_theta(data: Mapping[str, Any], source: str) -> float:
     kind = parameters.pop("rope_type", None) or scaling.get("rope_type") or scaling.get("type") or "default"
     theta = parameters.pop("rope_theta", None) or data.get("rope_theta", 10000.0)
     if kind != "default" or parameters:
-        raise _invalid("rope_scaling", f"{source}: rope scaling {kind!r} {parameters or scaling} is not served; "
-                       "remove rope_scaling and keep prompts within max_position_embeddings")
+        raise _invalid(
+            "rope_scaling",
+            f"{source}: rope scaling {kind!r} {parameters or scaling} is not served; "
+            "remove rope_scaling and keep prompts within max_position_embeddings",
+        )
     return float(theta)
 
 
@@ -164,16 +223,22 @@ def _sliding_windows(data: Mapping[str, Any], source: str) -> tuple[int | None, 
     """The window of each layer (transformers: layers from `max_window_layers` on, where `use_sliding_window`)."""
     num_layers = data["num_hidden_layers"]
     if not isinstance(num_layers, int) or num_layers < 1:
-        raise _invalid("num_hidden_layers", f"{source}: num_hidden_layers must be a positive integer, got {num_layers!r}")
+        raise _invalid(
+            "num_hidden_layers", f"{source}: num_hidden_layers must be a positive integer, got {num_layers!r}"
+        )
     window = data.get("sliding_window", 4096) if data.get("use_sliding_window") else None
     kinds = data.get("layer_types")
     if kinds is None:
         first = data.get("max_window_layers", 28)
-        kinds = ["sliding_attention" if window is not None and i >= first else "full_attention"
-                 for i in range(num_layers)]
+        kinds = [
+            "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(num_layers)
+        ]
     if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise _invalid("layer_types", f"{source}: layer_types must name full_attention or sliding_attention for each of "
-                       f"the {num_layers} layers, got {kinds}")
+        raise _invalid(
+            "layer_types",
+            f"{source}: layer_types must name full_attention or sliding_attention for each of "
+            f"the {num_layers} layers, got {kinds}",
+        )
     if window is not None and (not isinstance(window, int) or window < 1):
         raise _invalid("sliding_window", f"{source}: sliding_window must be a positive integer, got {window!r}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stageline.errors import ConfigError
-
 from stages.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -46,8 +45,12 @@ def parse_layer_ranges(text: str) -> tuple[LayerRange, ...]:
     for part in text.split(","):
         start, dash, end = part.strip().partition("-")
         if not (dash and start.isascii() and start.isdigit() and end.isascii() and end.isdigit()):
-            raise ConfigError("LAYERS_NOT_RANGES", f"layers {text!r}: {part!r} is not a half-open range like 0-12",
-                              field="stages.layers", value=text)
+            raise ConfigError(
+                "LAYERS_NOT_RANGES",
+                f"layers {text!r}: {part!r} is not a half-open range like 0-12",
+                field="stages.layers",
+                value=text,
+            )
         ranges.append(LayerRange(int(start), int(end)))
     return tuple(ranges)
 
@@ -58,18 +61,29 @@ def check_cover(ranges: Sequence[LayerRange], num_layers: int) -> None:
     expected = 0
     for index, layers in enumerate(ranges):
         if layers.start_layer >= layers.end_layer:
-            raise ConfigError("LAYERS_EMPTY", f"layers {shown}: stage {index} ({layers}) holds no layer; ranges are half-open",
-                              field="stages.layers", stage=index)
+            raise ConfigError(
+                "LAYERS_EMPTY",
+                f"layers {shown}: stage {index} ({layers}) holds no layer; ranges are half-open",
+                field="stages.layers",
+                stage=index,
+            )
         if layers.start_layer != expected:
             fault = "overlaps the stage before it" if layers.start_layer < expected else "leaves a gap"
-            raise ConfigError("LAYERS_OVERLAP" if layers.start_layer < expected else "LAYERS_GAP",
-                              f"layers {shown}: stage {index} ({layers}) {fault}; it must start at layer {expected}",
-                              field="stages.layers", stage=index, expected_start=expected)
+            raise ConfigError(
+                "LAYERS_OVERLAP" if layers.start_layer < expected else "LAYERS_GAP",
+                f"layers {shown}: stage {index} ({layers}) {fault}; it must start at layer {expected}",
+                field="stages.layers",
+                stage=index,
+                expected_start=expected,
+            )
         expected = layers.end_layer
     if expected != num_layers:
-        raise ConfigError("LAYERS_GAP" if expected < num_layers else "LAYERS_OUT_OF_RANGE",
-                          f"layers {shown}: the last stage ends at layer {expected}, the model has {num_layers} layers",
-                          field="stages.layers", expected_end=num_layers)
+        raise ConfigError(
+            "LAYERS_GAP" if expected < num_layers else "LAYERS_OUT_OF_RANGE",
+            f"layers {shown}: the last stage ends at layer {expected}, the model has {num_layers} layers",
+            field="stages.layers",
+            expected_end=num_layers,
+        )
 
 
 def layer_tensor_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,139 @@
+"""The composition root: builds the Ray Serve application, and inside the gateway replica the engine and its doors.
+
+serve run gateway.app:build model.path=/models/qwen2 stages.count=4
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from gateway import config as configuration
+from gateway import replica_feed
+from gateway.api.grpc.server import serve_grpc
+from gateway.api.http.app import create_http_app
+from gateway.api.service import Frontend
+from gateway.engine import Engine, EngineSettings
+from gateway.model import load_model
+from gateway.pipelines.discovery import Registry, ReplicaRecord
+from gateway.planner.split import resolve_layers
+from gateway.serve_adapter import stage_application
+from stages.checkpoint import open_checkpoint
+
+logger = logging.getLogger("stageline.gateway")
+
+_frontend: Frontend | None = None
+
+
+def build(args: Mapping[str, Any]) -> serve.Application:
+    """Serve's application builder: `args` is a configuration (sections with fields, or `section.field` keys)."""
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in args.items():
+        if isinstance(value, Mapping):
+            nested.setdefault(key, {}).update(value)
+        else:
+            section, _, field = key.partition(".")
+            nested.setdefault(section, {})[field] = value
+    return application(configuration.from_mapping(nested, source="the application's arguments"))
+
+
+def application(config: configuration.Config) -> serve.Application:
+    """One deployment a stage and one for the gateway. Raises StagelineError where the model or the split is wrong."""
+    checkpoint = open_checkpoint(config.model.path, revision=config.model.revision)
+    ranges = resolve_layers(checkpoint.config, config.stages.count, config.stages.layers)
+    stages = [
+        stage_application(
+            f"stage-{index}",
+            index,
+            stage_spec(config, layers.start_layer, layers.end_layer, len(ranges)),
+            replicas=config.stages.replicas,
+            num_cpus=config.stages.num_cpus,
+            num_gpus=config.stages.num_gpus,
+            retries=3,
+        )
+        for index, layers in enumerate(ranges)
+    ]
+    gateway = serve.deployment(serve.ingress(_http_app)(Gateway)).options(
+        name="gateway",
+        num_replicas=1,
+        max_ongoing_requests=4096,
+        ray_actor_options={"num_cpus": 0.1},
+        health_check_period_s=1.0,
+        graceful_shutdown_timeout_s=config.server.drain_timeout_s + 10,
+        graceful_shutdown_wait_loop_s=0.1,
+    )
+    return gateway.bind(config.model_dump(), *stages)
+
+
+def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, num_stages: int) -> dict[str, Any]:
+    """What a stage replica needs to know, as `stages.replica.StageSpec.from_dict` takes it."""
+    import os
+
+    threads = config.stages.num_threads or max(1, (os.cpu_count() or 1) // num_stages)
+    return {
+        "model": config.model.path,
+        "revision": config.model.revision,
+        "start_layer": start_layer,
+        "end_layer": end_layer,
+        "dtype": config.model.dtype,
+        "device": config.stages.device,
+        "batch_invariant": config.model.batch_invariant,
+        "block_size_tokens": config.block_size_tokens(),
+        "kv_memory_bytes": config.kv_cache.memory_bytes,
+        "num_blocks": config.kv_cache.num_blocks,
+        "num_threads": threads,
+        "host": config.stages.host,
+    }
+
+
+def _http_app() -> FastAPI:
+    return create_http_app(_current_frontend)
+
+
+def _current_frontend() -> Frontend:
+    assert _frontend is not None, "Serve routes HTTP only after Gateway.__init__"
+    return _frontend
+
+
+class Gateway:
+    """The Serve replica that owns the engine, the gRPC door, and the HTTP door behind Serve's ingress."""
+
+    async def __init__(self, config: dict[str, Any], *stages: DeploymentHandle) -> None:
+        global _frontend
+        parsed = configuration.Config.model_validate(config)
+        model, tokenizer, template = await asyncio.to_thread(load_model, parsed)
+        registry = Registry()
+        loop = asyncio.get_running_loop()
+
+        def on_replicas(deployment: str, replicas: Sequence[Mapping[str, Any]]) -> None:
+            records = [ReplicaRecord(**replica) for replica in replicas]
+            loop.call_soon_threadsafe(registry.set_replicas, deployment, records)
+
+        replica_feed.subscribe(on_replicas)
+        # A handle starts its router, and with it the stream of memberships, only once it is configured.
+        self._stages = [handle.options(method_name="__call__") for handle in stages]
+        settings = EngineSettings(
+            max_step_tokens=parsed.scheduler.max_step_tokens,
+            max_step_sequences=parsed.scheduler.max_step_sequences,
+            max_waiting_sequences=parsed.scheduler.max_waiting_sequences,
+            lease_s=parsed.pipelines.lease_s,
+        )
+        self._drain_s = parsed.server.drain_timeout_s
+        self._engine = Engine(
+            model=model, tokenizer=tokenizer, registry=registry, settings=settings, fingerprint=model.fingerprint
+        )
+        await self._engine.start()
+        _frontend = Frontend(self._engine, tokenizer, template, model)
+        self._grpc = await serve_grpc(_frontend, parsed.server.host, parsed.server.grpc_port)
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_grpc"):
+            await self._grpc.stop(self._drain_s)
+        if hasattr(self, "_engine"):
+            await self._engine.stop(self._drain_s)

@@ -1,0 +1,194 @@
+"""Serve a model: start Ray on this host, one replica a stage, both doors; print `ready …`; run until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tqdm import tqdm
+
+from gateway.cli.options import add_config_arguments, config_from
+from gateway.cli.servers import register
+from gateway.config import Config
+from gateway.model import load_model
+from gateway.planner.split import resolve_layers
+from stageline.errors import CheckpointError, ConfigError, InternalError, UnavailableError
+from stages.checkpoint import open_checkpoint
+
+_READY = "stageline.inference.v1.InferenceService"
+
+
+class _Stop(BaseException):
+    """SIGINT or SIGTERM. Not an Exception: nothing in between may swallow it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `stageline serve`."""
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve in the foreground. Returns 0 after SIGINT or SIGTERM."""
+    config = _complete(config_from(args))
+    stdout = _keep_stdout()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_signal)
+    record = None
+    try:
+        _start(config)
+        _wait_ready(config)
+        host = config.server.host
+        record = register(f"{host}:{config.server.grpc_port}")
+        print(
+            f"ready http://{host}:{config.server.http_port} grpc://{host}:{config.server.grpc_port}",
+            file=stdout,
+            flush=True,
+        )
+        while True:
+            signal.pause()
+    except _Stop:
+        print("stageline: stopping", file=sys.stderr, flush=True)
+        return 0
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        if record is not None:
+            record.unlink(missing_ok=True)
+        _shut_down()
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    raise _Stop
+
+
+def _keep_stdout() -> Any:
+    """Keep the real stdout for the ready line; everything else that prints there (Ray does) goes to stderr."""
+    sys.stdout.flush()
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return stdout
+
+
+def _complete(config: Config) -> Config:
+    """Check what can be checked before anything starts, and choose ports that were left to us (0).
+
+    Raises the typed error of whatever is wrong: model, tokenizer, split, tensors of a stage, ports.
+    """
+    if not config.model.path:
+        raise ConfigError(
+            "MODEL_MISSING", "--model is required: a folder, a .gguf file, or a hub id", field="model.path"
+        )
+    checkpoint = open_checkpoint(config.model.path, revision=config.model.revision)
+    ranges = resolve_layers(checkpoint.config, config.stages.count, config.stages.layers)
+    for index, layers in enumerate(ranges):
+        try:
+            checkpoint.verify_index(layers)
+        except CheckpointError as error:
+            raise CheckpointError(
+                error.reason,
+                f"stage {index} (layers {layers}) cannot load: {error.message}",
+                **{**error.metadata, "stage": index},
+            ) from None
+    load_model(config)
+    server = {
+        "grpc_port": _free_port(config.server.host, config.server.grpc_port, "server.grpc_port"),
+        "http_port": _free_port(config.server.host, config.server.http_port, "server.http_port"),
+    }
+    if server["grpc_port"] == server["http_port"]:
+        raise ConfigError(
+            "PORT_IN_USE", f"gRPC and HTTP cannot both listen on port {server['grpc_port']}", field="server.http_port"
+        )
+    # Paths must mean the same in the replicas, which run elsewhere.
+    path = os.path.abspath(config.model.path) if os.path.exists(config.model.path) else config.model.path
+    name = config.model.name or os.path.basename(path.rstrip("/"))
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": path, "name": name}),
+            "server": config.server.model_copy(update=server),
+            "stages": config.stages.model_copy(update={"host": config.stages.host or "127.0.0.1"}),
+        }
+    )
+
+
+def _free_port(host: str, port: int, field: str) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                "PORT_IN_USE",
+                f"{field}: cannot listen on {host}:{port}: {error.strerror}; "
+                "stop what listens there or choose another port",
+                field=field,
+                port=port,
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def _start(config: Config) -> None:
+    """Start Ray and the application; raises the stage's own error where one cannot start."""
+    # A local cluster has no strangers to keep out, and a token file in the home directory would outlive it.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray import serve
+
+    from gateway.app import application
+
+    print("stageline: starting Ray", file=sys.stderr, flush=True)
+    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
+    serve.start(http_options={"host": config.server.host, "port": config.server.http_port})
+    try:
+        serve.run(application(config), name="stageline", route_prefix="/")
+    except RuntimeError as error:
+        found = re.search(r"(stage \d+ \(layers [^)]*\) cannot start: .*?) <end>", str(error), re.DOTALL)
+        if found:
+            raise CheckpointError("STAGE_CANNOT_START", found.group(1)) from None
+        raise InternalError("DEPLOY_FAILED", f"Ray Serve could not deploy: {error}") from None
+
+
+def _wait_ready(config: Config) -> None:
+    """Wait until a canary has gone through every stage, with a progress bar on stderr."""
+    deadline = time.monotonic() + config.server.ready_timeout_s
+    address = f"{config.server.host}:{config.server.grpc_port}"
+    with (
+        grpc.insecure_channel(address) as channel,
+        tqdm(desc="waiting for a pipeline", bar_format="{desc} {elapsed}", file=sys.stderr) as bar,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        while time.monotonic() < deadline:
+            try:
+                answer = stub.Check(health_pb2.HealthCheckRequest(service=_READY), timeout=5)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            except grpc.RpcError:
+                pass  # the door opens when the gateway replica is up
+            bar.update()
+            time.sleep(0.2)
+    raise UnavailableError(
+        "NOT_READY", f"no pipeline was ready within {config.server.ready_timeout_s} s; see the log above"
+    )
+
+
+def _shut_down() -> None:
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():
+        # Serve waits for its replicas without a limit of its own; 60 s is what a supervisor allows.
+        worker = threading.Thread(target=serve.shutdown, daemon=True)
+        worker.start()
+        worker.join(timeout=45)
+        ray.shutdown()

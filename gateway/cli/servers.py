@@ -1,0 +1,52 @@
+"""Where the servers running on this host listen: one small file each, so that `status` and `chat` find them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from stageline.errors import ConfigError
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"stageline-{os.getuid()}"
+
+
+def register(grpc_address: str) -> Path:
+    """Write this process's file; the caller removes it at the end."""
+    folder = _folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"{os.getpid()}.json"
+    path.write_text(json.dumps({"grpc": grpc_address}))
+    return path
+
+
+def find() -> str:
+    """The gRPC address of the one server running here. Raises ConfigError where there is none, or more than one."""
+    addresses = []
+    for path in sorted(_folder().glob("*.json")):
+        if _alive(int(path.stem)):
+            addresses.append(json.loads(path.read_text())["grpc"])
+        else:
+            path.unlink(missing_ok=True)  # left behind by a server that was killed
+    if len(addresses) != 1:
+        found = f"several: {', '.join(addresses)}" if addresses else "none"
+        raise ConfigError(
+            "SERVER_NOT_FOUND",
+            f"expected one server running on this host, found {found}; "
+            "start one with `stageline serve`, or give --address HOST:GRPC_PORT",
+            field="address",
+        )
+    return addresses[0]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
