@@ -79,6 +79,10 @@ class BlockPool:
                     self._state[block] = _FREE
                 self._free.extend(reversed(quarantine.blocks))
 
+    def is_quarantined(self, blocks: Iterable[int]) -> bool:
+        """Whether all these blocks are in quarantine."""
+        return all(self._state[block] == _QUARANTINED for block in blocks)
+
     def check_integrity(self, owned: Iterable[int]) -> None:
         """Every block is free, quarantined or in `owned`, exactly once; raises AssertionError."""
         owned = list(owned)

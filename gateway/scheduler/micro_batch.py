@@ -36,7 +36,7 @@ class MicroBatch:
     """The rows of one step; rows of exactly one token come first. Read only.
 
     `step_id` counts from 1 in every epoch. `released_sequence_ids` ended or were preempted since the micro-batch before:
-    the last stage forgets their penalty counts. None of them has a row here.
+    the last stage forgets their penalty counts. None of them has an output row here.
     """
 
     step_id: int

@@ -48,14 +48,14 @@ class Sequence:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
-    def rank(self) -> int:
-        """Place in the service order, lower first: priority, then arrival.
+    def rank(self) -> tuple[int, int]:
+        """Place in the service order, lower first: priority, then arrival. No two sequences have the same.
 
         One level of priority is worth `PRIORITY_HEAD_START` places. The order never changes while a sequence lives, and
         only finitely many sequences can ever stand before it, so a flood of urgent requests delays the others but
         cannot starve them.
         """
-        return self.arrival - self.priority * PRIORITY_HEAD_START
+        return self.arrival - self.priority * PRIORITY_HEAD_START, self.arrival
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Token ids at positions [start, end) of prompt and output together."""
