@@ -1,0 +1,60 @@
+"""One table between typed errors and gRPC statuses, in both directions."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from stageline import errors
+from stageline.errors import StagelineError
+
+_BY_CODE: dict[str, type[StagelineError]] = {
+    kind.code: kind
+    for kind in (
+        errors.InvalidArgumentError,
+        errors.UnauthenticatedError,
+        errors.NotFoundError,
+        errors.FailedPreconditionError,
+        errors.ResourceExhaustedError,
+        errors.UnimplementedError,
+        errors.DeadlineExceededError,
+        errors.UnavailableError,
+        errors.InternalError,
+    )
+}
+
+
+def to_status(error: StagelineError) -> status_pb2.Status:
+    """The status of an error: ErrorInfo always, BadRequest where a field is named, RetryInfo where a retry can succeed."""
+    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=errors.DOMAIN, metadata=error.metadata)]
+    field = error.metadata.get("field")
+    if field is not None and isinstance(error, errors.InvalidArgumentError):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    retry_after_s = error.metadata.get("retry_after_s")
+    if retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(float(retry_after_s) * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    packed = []
+    for detail in details:
+        box = any_pb2.Any()
+        box.Pack(detail)
+        packed.append(box)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=packed)
+
+
+def from_rpc_error(error: grpc.RpcError) -> StagelineError:
+    """The typed error behind a failed call; a status without our ErrorInfo gets the reason of its code."""
+    code = error.code()
+    kind = _BY_CODE.get(code.name, errors.InternalError)
+    status = rpc_status.from_call(error)
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == errors.DOMAIN:
+            typed = kind(info.reason, error.details())
+            typed.metadata = dict(info.metadata)
+            return typed
+    return kind(code.name, f"gRPC {code.name}: {error.details()}")

@@ -1,0 +1,67 @@
+"""What a micro-batch tells attention. T tokens, R rows, N query heads, K KV heads, H head size, B blocks, S slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.batch import StepBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionContext:
+    """Rows of a micro-batch as tensors, and as Python numbers where shapes depend on them.
+
+    The first `num_decode_rows` rows have one token each. `block_tables_RM` is padded with block 0.
+    """
+
+    num_decode_rows: int
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    query_starts_R1: Tensor  # int32 [R + 1], cumulative
+    context_lens_R: Tensor  # int32 [R]
+    block_tables_RM: Tensor  # int32 [R, M]
+    positions_T: Tensor  # int64 [T]
+    slots_T: Tensor  # int64 [T]
+
+    @classmethod
+    def from_batch(cls, batch: StepBatch, device: torch.device) -> AttentionContext:
+        """Copy a decoded step's arrays to the device."""
+
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return cls(
+            num_decode_rows=batch.num_decode_rows,
+            query_lens=tuple(batch.query_lens.tolist()),
+            context_lens=tuple(batch.context_lens.tolist()),
+            query_starts_R1=put(batch.query_starts),
+            context_lens_R=put(batch.context_lens),
+            block_tables_RM=put(batch.block_tables),
+            positions_T=put(batch.positions),
+            slots_T=put(batch.slots),
+        )
+
+
+class AttentionBackend(Protocol):
+    """Causal attention of a micro-batch over paged keys and values that already hold the batch's own tokens."""
+
+    name: str
+
+    def forward(
+        self, q_TNH: Tensor, keys_BSKH: Tensor, values_BSKH: Tensor, context: AttentionContext, window: int | None
+    ) -> Tensor:
+        """Returns [T, N, H]. `window` is the number of positions a query sees, itself included; None for all."""
+        ...
+
+
+def visible(start: int, num_queries: int, context_len: int, window: int | None, device: torch.device) -> Tensor:
+    """Mask [num_queries, context_len]: query i stands at position start + i and sees what is not after it."""
+    queries = torch.arange(start, start + num_queries, device=device)[:, None]
+    keys = torch.arange(context_len, device=device)[None]
+    mask = keys <= queries
+    return mask if window is None else mask & (keys > queries - window)

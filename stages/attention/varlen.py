@@ -1,0 +1,81 @@
+"""FlashAttention over paged keys and values through torch.nn.attention.varlen. Not yet run on a GPU.
+
+Without the external FA3 package this is FlashAttention-2, whose page size must be a multiple of 256. Its paged split-KV
+is wrong or NaN (pytorch#194167), so num_splits is 1 everywhere. Decode and prefill rows go in separate calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from stages.attention.base import AttentionContext
+from stageline.errors import ConfigError
+
+PAGE_MULTIPLE_TOKENS = 256
+
+
+class VarlenAttention:
+    """The CUDA backend."""
+
+    name = "varlen"
+
+    def __init__(self, *, block_size_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises ConfigError for what the kernel would compute wrongly instead of refusing."""
+        if device.type != "cuda":
+            raise ConfigError("ATTENTION_DEVICE", f"varlen attention needs a CUDA device, got {device}", field="stages.device")
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ConfigError("ATTENTION_DTYPE", f"varlen attention needs bfloat16 or float16, got {dtype}", field="model.dtype")
+        if block_size_tokens % PAGE_MULTIPLE_TOKENS:
+            raise ConfigError(
+                "ATTENTION_PAGE_SIZE",
+                f"varlen attention needs kv_cache.block_size_tokens in multiples of {PAGE_MULTIPLE_TOKENS}, got {block_size_tokens}",
+                field="kv_cache.block_size_tokens",
+                value=block_size_tokens,
+            )
+
+    def forward(
+        self, q_TNH: Tensor, keys_BSKH: Tensor, values_BSKH: Tensor, context: AttentionContext, window: int | None
+    ) -> Tensor:
+        """See AttentionBackend."""
+        for tensor in (context.query_starts_R1, context.context_lens_R, context.block_tables_RM):
+            assert tensor.dtype == torch.int32
+            assert tensor.device.type == "cuda"
+        rows, decode = len(context.query_lens), context.num_decode_rows
+        parts = []
+        if decode:
+            parts.append(self._call(q_TNH[:decode], keys_BSKH, values_BSKH, context, 0, decode, window))
+        if decode < rows:
+            parts.append(self._call(q_TNH[decode:], keys_BSKH, values_BSKH, context, decode, rows, window))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _call(
+        self,
+        q_TNH: Tensor,
+        keys_BSKH: Tensor,
+        values_BSKH: Tensor,
+        context: AttentionContext,
+        start: int,
+        end: int,
+        window: int | None,
+    ) -> Tensor:
+        starts_R1 = context.query_starts_R1[start : end + 1] - context.query_starts_R1[start]
+        lengths_R = context.context_lens_R[start:end].contiguous()
+        ends_R1 = torch.nn.functional.pad(lengths_R.cumsum(0, dtype=torch.int32), (1, 0))
+        result = varlen_attn(
+            q_TNH,
+            keys_BSKH,
+            values_BSKH,
+            starts_R1.contiguous(),
+            ends_R1,
+            max(context.query_lens[start:end]),
+            max(context.context_lens[start:end]),
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=True,
+            seqused_k=lengths_R,
+            block_table=context.block_tables_RM[start:end].contiguous(),
+            num_splits=1,
+        )
+        assert isinstance(result, Tensor)
+        return result

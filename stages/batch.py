@@ -1,0 +1,81 @@
+"""A step decoded into arrays. No torch here. T tokens, R rows, M blocks of the longest block table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stageline.errors import InvalidArgumentError
+from stageline.stage.v1 import stage_service_pb2 as pb
+
+INT32 = np.dtype("<i4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """What the layers need of a micro-batch; rows of exactly one token come first."""
+
+    step_id: int
+    token_ids: NDArray[np.int32]  # [T]
+    positions: NDArray[np.int64]  # [T]
+    slots: NDArray[np.int64]  # [T]
+    query_starts: NDArray[np.int32]  # [R + 1], cumulative
+    query_lens: NDArray[np.int32]  # [R]
+    context_lens: NDArray[np.int32]  # [R]
+    block_tables: NDArray[np.int32]  # [R, M], padded with block 0
+    num_decode_rows: int
+    output_rows: tuple[int, ...]  # rows whose last token needs logits
+
+    @classmethod
+    def from_step(cls, step: pb.Step, *, vocab_size: int, num_blocks: int, block_size_tokens: int) -> StepBatch:
+        """Decode and check a step. Raises InvalidArgumentError for anything that would read or write out of bounds."""
+        if not step.rows:
+            raise _bad("the step has no rows")
+        queries = np.array([row.num_tokens for row in step.rows], dtype=np.int32)
+        lengths = np.array([row.context_len for row in step.rows], dtype=np.int32)
+        if queries.min() < 1 or (lengths < queries).any():
+            raise _bad("every row needs at least one token and a context that includes its tokens")
+        decode = int((queries == 1).sum())
+        if (queries[:decode] != 1).any():
+            raise _bad("rows of exactly one token must come first")
+        token_ids = _int32(step.token_ids, int(queries.sum()), "token_ids")
+        if token_ids.min() < 0 or token_ids.max() >= vocab_size:
+            raise _bad(f"token ids must be in [0, {vocab_size})")
+        blocks = -(-lengths // block_size_tokens)
+        tables = np.zeros((len(queries), int(blocks.max())), dtype=np.int32)
+        for index, row in enumerate(step.rows):
+            tables[index, : blocks[index]] = _int32(row.block_table, int(blocks[index]), f"block_table of row {index}")
+        if tables.min() < 0 or tables.max() >= num_blocks:
+            raise _bad(f"block ids must be in [0, {num_blocks})")
+        starts = np.concatenate(([0], queries.cumsum())).astype(np.int32)
+        row_of_token = np.repeat(np.arange(len(queries)), queries)
+        offsets = np.arange(len(token_ids)) - starts[row_of_token]
+        positions = (lengths - queries)[row_of_token] + offsets
+        slots = (
+            tables[row_of_token, positions // block_size_tokens].astype(np.int64) * block_size_tokens
+            + positions % block_size_tokens
+        )
+        return cls(
+            step_id=step.step_id,
+            token_ids=token_ids,
+            positions=positions.astype(np.int64),
+            slots=slots,
+            query_starts=starts,
+            query_lens=queries,
+            context_lens=lengths,
+            block_tables=tables,
+            num_decode_rows=decode,
+            output_rows=tuple(i for i, row in enumerate(step.rows) if row.HasField("sampling")),
+        )
+
+
+def _int32(data: bytes, count: int, name: str) -> NDArray[np.int32]:
+    if len(data) != 4 * count:
+        raise _bad(f"{name} must hold {count} int32 values, got {len(data)} bytes")
+    return np.frombuffer(data, dtype=INT32).astype(np.int32)  # a copy: the message's bytes are read-only
+
+
+def _bad(message: str) -> InvalidArgumentError:
+    return InvalidArgumentError("MALFORMED_STEP", f"malformed step: {message}")

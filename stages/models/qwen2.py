@@ -1,0 +1,154 @@
+"""Qwen2 (Yang et al., 2024), the part of it that one stage holds. Llama from GGUF is the same without QKV biases.
+
+T tokens, D hidden size, F feed-forward size, N query heads, K KV heads, H head size, V vocabulary, R rows asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.attention.base import AttentionBackend, AttentionContext
+from stages.config import ModelConfig
+from stages.kv_cache import KVCache
+from stages.layers.ops import Linear, RMSNorm, RotaryEmbedding, in_chunks, rotate
+from stages.partition import EMBEDDING, FINAL_NORM, LM_HEAD, LayerRange, tensor_shapes
+from stageline.errors import CheckpointError
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP with their norms; Q, K and V are one product, gate and up another."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        make = {"dtype": dtype, "device": device}
+        self.q_size = config.num_heads * config.head_dim
+        self.kv_size = config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.input_norm = RMSNorm(hidden, config.rms_norm_eps, **make)
+        self.qkv = Linear(hidden, self.q_size + 2 * self.kv_size, bias=config.qkv_bias, **make)
+        self.o = Linear(self.q_size, hidden, bias=False, **make)
+        self.post_norm = RMSNorm(hidden, config.rms_norm_eps, **make)
+        self.gate_up = Linear(hidden, 2 * inner, bias=False, **make)
+        self.down = Linear(inner, hidden, bias=False, **make)
+
+    def project(self, hidden_TD: Tensor) -> Tensor:
+        """Queries, keys and values of each token, side by side: [T, (N + 2K)·H]."""
+        return self.qkv(self.input_norm(hidden_TD))
+
+    def finish(self, hidden_TD: Tensor, attended_TD: Tensor) -> Tensor:
+        """Output projection, residual, and the SwiGLU MLP (Shazeer, 2020)."""
+        hidden_TD = hidden_TD + self.o(attended_TD)
+        gate_TF, up_TF = self.gate_up(self.post_norm(hidden_TD)).chunk(2, dim=-1)
+        return hidden_TD + self.down(F.silu(gate_TF) * up_TF)
+
+
+class Qwen2Stage(nn.Module):
+    """Layers `[start_layer, end_layer)`; the first stage embeds, the last one has the final norm and `lm_head`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: LayerRange,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: AttentionBackend,
+        batch_invariant: bool = False,
+    ) -> None:
+        super().__init__()
+        make = {"dtype": dtype, "device": device}
+        self.config, self.layer_range, self.attention = config, layers, attention
+        self.batch_invariant = batch_invariant
+        self.is_first, self.is_last = layers.is_first(), layers.is_last(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, **make) for _ in range(len(layers)))
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, device=device)
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.embedding = nn.Parameter(torch.empty(vocabulary, **make), requires_grad=False) if self.is_first else None
+        self.lm_head: nn.Parameter | None = None
+        if self.is_last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **make)
+            shared = self.embedding if config.tie_word_embeddings else None
+            self.lm_head = shared if shared is not None else nn.Parameter(torch.empty(vocabulary, **make), requires_grad=False)
+        self._expected = tensor_shapes(config, layers)
+        self._missing = set(self._expected)
+
+    def forward(self, input_T: Tensor, context: AttentionContext, kv: KVCache) -> Tensor:
+        """int64 token ids [T] on the first stage, hidden states [T, D] on the others → hidden states [T, D]."""
+        hidden_TD = F.embedding(input_T, self.embedding) if self.embedding is not None and self.is_first else input_T
+        cos_T1H, sin_T1H = self.rotary.angles(context.positions_T, hidden_TD.dtype)
+        for index, layer in enumerate(self.layers, start=self.layer_range.start_layer):
+            assert isinstance(layer, DecoderLayer)
+            qkv = self._by_row(layer.project, hidden_TD)
+            q, k, v = (x.unflatten(-1, (-1, layer.head_dim)) for x in qkv.split([layer.q_size, layer.kv_size, layer.kv_size], -1))
+            q_TNH, k_TKH = rotate(q, cos_T1H, sin_T1H), rotate(k, cos_T1H, sin_T1H)
+            kv.write(index, context.slots_T, k_TKH, v)
+            attended_TNH = self.attention.forward(q_TNH, *kv.layer(index), context, self.config.sliding_windows[index])
+            attended_TD = attended_TNH.flatten(1)
+            if self.batch_invariant:
+                width = hidden_TD.shape[1]
+                both = torch.cat((hidden_TD, attended_TD), dim=1)
+                hidden_TD = in_chunks(lambda x, f=layer.finish, w=width: f(x[:, :w].contiguous(), x[:, w:].contiguous()), both)
+            else:
+                hidden_TD = layer.finish(hidden_TD, attended_TD)
+        return hidden_TD
+
+    def compute_logits(self, hidden_RD: Tensor) -> Tensor:
+        """Final norm and `lm_head` for R rows: float32 logits [R, V]. Last stage only."""
+        assert self.lm_head is not None
+        head = self.lm_head
+        return self._by_row(lambda x: F.linear(self.norm(x), head).float(), hidden_RD)
+
+    def _by_row(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return in_chunks(function, x) if self.batch_invariant else function(x)
+
+    def load_tensor(self, name: str, tensor: Tensor) -> None:
+        """Copy one checkpoint tensor into its place. Raises CheckpointError for a wrong name, shape or a repetition."""
+        expected = self._expected.get(name)
+        if expected is None or name not in self._missing:
+            fault = "does not belong to" if expected is None else "was already loaded into"
+            raise CheckpointError("TENSOR_UNEXPECTED", f"tensor {name} {fault} layers {self.layer_range}", tensor=name)
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(
+                "TENSOR_SHAPE", f"tensor {name} has shape {tuple(tensor.shape)}, expected {expected}", tensor=name
+            )
+        for target in self._targets(name):
+            target.copy_(tensor)
+        self._missing.discard(name)
+
+    def missing(self) -> set[str]:
+        """Names of checkpoint tensors that were not loaded yet."""
+        return set(self._missing)
+
+    def _targets(self, name: str) -> list[Tensor]:
+        """Where a checkpoint tensor goes: slices of the fused weights; a tied embedding may have two places."""
+        if name == EMBEDDING:
+            tied_copy = self.lm_head if self.config.tie_word_embeddings and not self.is_first else None
+            return [x.data for x in (self.embedding, tied_copy) if x is not None]
+        if name == FINAL_NORM:
+            return [self.norm.weight.data]
+        if name == LM_HEAD:
+            assert self.lm_head is not None
+            return [self.lm_head.data]
+        _, _, index, rest = name.split(".", 3)
+        layer = self.layers[int(index) - self.layer_range.start_layer]
+        assert isinstance(layer, DecoderLayer)
+        module, _, kind = rest.rpartition(".")
+        q, kv, inner = layer.q_size, layer.kv_size, self.config.intermediate_size
+        fused, start, length = {
+            "input_layernorm": (layer.input_norm, 0, None),
+            "post_attention_layernorm": (layer.post_norm, 0, None),
+            "self_attn.q_proj": (layer.qkv, 0, q),
+            "self_attn.k_proj": (layer.qkv, q, kv),
+            "self_attn.v_proj": (layer.qkv, q + kv, kv),
+            "self_attn.o_proj": (layer.o, 0, None),
+            "mlp.gate_proj": (layer.gate_up, 0, inner),
+            "mlp.up_proj": (layer.gate_up, inner, inner),
+            "mlp.down_proj": (layer.down, 0, None),
+        }[module]
+        parameter: Tensor = getattr(fused, kind).data
+        return [parameter if length is None else parameter[start : start + length]]

@@ -1,0 +1,88 @@
+"""Runs micro-batches through a stage's layers: batch in, hidden states or logits out. No gRPC inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stages.attention import AttentionContext, make_attention
+from stages.attention.portable import PortableAttention
+from stages.attention.self_check import self_check
+from stages.batch import StepBatch
+from stages.config import ModelConfig
+from stages.kv_cache import KVCache
+from stages.models.qwen2 import Qwen2Stage
+from stages.partition import LayerRange, kv_bytes_per_token
+
+
+class StageRunner:
+    """The layers of one stage, their weights and their KV cache, on one device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: LayerRange,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_invariant: bool = False,
+        block_size_tokens: int = 16,
+    ) -> None:
+        self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
+        self.block_size_tokens = block_size_tokens
+        attention = make_attention(
+            device=device, dtype=dtype, block_size_tokens=block_size_tokens, batch_invariant=batch_invariant
+        )
+        self.attention_report = attention.name
+        if attention.name == "varlen":
+            check = self_check(
+                attention, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+                block_size_tokens=block_size_tokens, dtype=dtype, device=device,
+            )
+            self.attention_report = check.detail
+            if not check.passed:
+                attention = PortableAttention()
+                self.attention_report += "; using the portable backend"
+        self.model = Qwen2Stage(
+            config, layers, dtype=dtype, device=device, attention=attention, batch_invariant=batch_invariant
+        )
+        self._kv: KVCache | None = None
+
+    def kv_capacity_blocks(self, memory_bytes: int) -> int:
+        """KV blocks that fit in `memory_bytes`."""
+        block = kv_bytes_per_token(self.config, self.layers, self.dtype.itemsize) * self.block_size_tokens
+        return memory_bytes // block
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make the KV cache; one of the same size is kept, since every slot is written before it is read."""
+        if self._kv is None or self._kv.num_blocks != num_blocks:
+            self._kv = None  # free the old one first
+            self._kv = KVCache(
+                self.config, self.layers, num_blocks=num_blocks, block_size_tokens=self.block_size_tokens,
+                dtype=self.dtype, device=self.device,
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks allocated; 0 before `allocate_kv`."""
+        return self._kv.num_blocks if self._kv is not None else 0
+
+    @torch.inference_mode()
+    def execute(self, batch: StepBatch, hidden_TD: Tensor | None) -> Tensor:
+        """Run the layers. Token ids come from the batch on the first stage, `hidden_TD` [T, D] on the others.
+
+        Returns hidden states [T, D] in the stage's dtype, or on the last stage float32 logits [R, V] for
+        `batch.output_rows`, in their order.
+        """
+        assert self._kv is not None, "allocate_kv comes before execute"
+        context = AttentionContext.from_batch(batch, self.device)
+        if hidden_TD is None:
+            assert self.model.is_first
+            input_T = torch.from_numpy(batch.token_ids).to(self.device, torch.int64)
+        else:
+            input_T = hidden_TD.to(self.device)
+        hidden_TD = self.model(input_T, context, self._kv)
+        if not self.model.is_last:
+            return hidden_TD.contiguous()
+        last_tokens = batch.query_starts[1:][list(batch.output_rows)] - 1
+        return self.model.compute_logits(hidden_TD[torch.from_numpy(last_tokens).to(self.device, torch.int64)])
