@@ -4,9 +4,9 @@ Why it never deadlocks. Sequences have one total order that never changes, `Sequ
 
 1. A sequence is admitted whole: it gets the blocks of all its tokens at once, so prefill never waits for memory. Only a
    decode row can need a block, one at a time.
-2. A decode that finds no free block preempts a sequence of higher rank that is not in flight. If there is none it waits,
-   keeps its place at the head of the ready ones, and nothing is admitted meanwhile: the blocks it waits for come with the
-   next return (quarantined ones, or those of a sequence that was in flight).
+2. A decode that finds no free block preempts a sequence of higher rank that is not in flight. If there is none it waits
+   and keeps its place among the ready ones, which are served by waiting time and before prompts: the blocks it waits for
+   come with a return (quarantined ones, or those of a sequence that was in flight), and it is the first to take them.
 3. With nothing in flight no block is quarantined. Then either something running has work and its blocks; or the lowest
    rank among the ready ones finds a free block, or a victim, or is alone, and alone it fits, as `add` checked; or nothing
    runs, and the first of the waiting finds all blocks free. So `schedule` returns None with nothing in flight only if
@@ -43,11 +43,10 @@ class Scheduler(Ledger):
             return None
         step_id = self._last_step_id + 1
         rows: list[ScheduledRow] = []
-        all_served = self._schedule_decodes(step_id, rows, num_free_slots)
+        self._schedule_decodes(step_id, rows, num_free_slots)
         num_decodes = len(rows)
         budget = self._schedule_prefills(step_id, rows)
-        if all_served:
-            self._admit(step_id, rows, budget)
+        self._admit(step_id, rows, budget)
         if not rows:
             return None
         self._last_step_id = step_id
@@ -58,8 +57,8 @@ class Scheduler(Ledger):
         self._in_flight.append(micro_batch)
         return micro_batch
 
-    def _schedule_decodes(self, step_id: int, rows: list[ScheduledRow], num_free_slots: int) -> bool:
-        """Decode rows, longest wait first. False if one of them found no block."""
+    def _schedule_decodes(self, step_id: int, rows: list[ScheduledRow], num_free_slots: int) -> None:
+        """Decode rows, longest wait first. One that finds no block keeps its place for the next micro-batch."""
         target = decode_target(
             num_ready=len(self._ready),
             num_decoding=self._num_decoding,
@@ -67,7 +66,6 @@ class Scheduler(Ledger):
             num_free_slots=num_free_slots,
         )
         target = min(target, self.max_step_sequences, self.max_step_tokens)
-        all_served = True
         for sequence in list(self._ready.values()):
             if len(rows) >= target:
                 break
@@ -75,12 +73,10 @@ class Scheduler(Ledger):
                 continue  # preempted by one before it
             if len(sequence.block_table) * self.block_size_tokens < sequence.num_tokens:
                 if not self._pool.num_free and not self._preempt_for(sequence):
-                    all_served = False
                     continue
                 sequence.block_table.extend(self._pool.allocate(1))
             del self._ready[sequence.sequence_id]
             rows.append(self._row(step_id, sequence, 1))
-        return all_served
 
     def _preempt_for(self, sequence: Sequence) -> bool:
         """Free the blocks of the running sequence that ranks last, if it ranks after this one and is not in flight."""

@@ -269,6 +269,30 @@ def test_a_release_lost_with_its_step_is_sent_again() -> None:
     assert sorted(step.released_sequence_ids) == [0, 1, 2]
 
 
+def test_a_lost_release_is_not_sent_again_once_the_sequence_is_registered_again() -> None:
+    scheduler = make_scheduler(num_blocks=6, min_prefill_tokens=64)
+    for sequence_id, num_prompt in enumerate([4, 7, 3]):
+        scheduler.add(make_sequence(sequence_id, num_prompt, max_tokens=12))
+    for _ in range(5):
+        step = scheduler.schedule()
+        assert step is not None
+        complete(scheduler, step)
+    scheduler.max_in_flight = 3
+    preempting = scheduler.schedule()
+    assert preempting is not None
+    assert preempting.released_sequence_ids == (2,)
+    scheduler.finish(1)
+    again = scheduler.schedule()
+    assert again is not None
+    assert [(row.sequence.sequence_id, row.needs_registration) for row in again.rows] == [(2, True)]
+    scheduler.fail(preempting.step_id)
+    scheduler.check_integrity()
+    complete(scheduler, again)
+    step = scheduler.schedule()
+    assert step is not None
+    assert step.released_sequence_ids == (0,)
+
+
 def test_steps_return_in_order() -> None:
     scheduler = decoding(2, max_in_flight=2)
     drain_slots(scheduler)
