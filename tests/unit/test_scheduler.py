@@ -315,6 +315,25 @@ def test_a_new_epoch_computes_everything_again_in_the_old_order() -> None:
     assert all(row.needs_registration for row in step.rows)
 
 
+def test_a_new_epoch_releases_nothing_of_the_old_one() -> None:
+    scheduler = decoding(2)
+    scheduler.finish(0)
+    scheduler.reset(num_blocks=100)
+    step = scheduler.schedule()
+    assert step is not None
+    assert step.released_sequence_ids == ()
+
+
+def test_admission_leaves_one_free_block_for_each_running_sequence() -> None:
+    scheduler = make_scheduler(num_blocks=13)
+    for sequence_id in range(10):
+        scheduler.add(make_sequence(sequence_id))
+    step = scheduler.schedule()
+    assert step is not None
+    assert len(step.rows) == 7  # the seventh leaves 6 blocks for the 6 before it
+    assert scheduler.num_free_blocks == 6
+
+
 def test_sequences_too_long_for_the_new_epoch_are_handed_back() -> None:
     scheduler = decoding(1)
     long = make_sequence(5, num_prompt=200)
