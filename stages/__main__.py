@@ -1,0 +1,69 @@
+"""Serve one stage without Ray: `python -m stages --model M --layers 0-12 --port 7001`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+
+from stages.partition import parse_layer_ranges
+from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout, .gguf file, or hub id")
+    parser.add_argument("--layers", required=True, help="half-open range of decoder layers, such as 0-12")
+    parser.add_argument("--port", type=int, required=True, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--revision", help="hub revision")
+    parser.add_argument("--batch-invariant", action="store_true", help="bits do not depend on neighbours (slower)")
+    parser.add_argument("--block-size-tokens", type=int, help="tokens of a KV block; default 16, on CUDA 256")
+    parser.add_argument("--kv-memory-bytes", type=int, help="bytes of the KV cache; default 1 GiB on the CPU")
+    parser.add_argument("--num-blocks", type=int, help="KV blocks, instead of --kv-memory-bytes")
+    parser.add_argument("--num-threads", type=int, help="CPU threads")
+    return parser
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    from stages.replica import StageReplica, StageSpec  # torch takes seconds; --help should not
+
+    ranges = parse_layer_ranges(args.layers)
+    if len(ranges) != 1:
+        raise ConfigError("LAYERS_NOT_RANGES", f"--layers takes one range, got {args.layers}", field="layers")
+    values = {key: value for key, value in vars(args).items() if key not in ("layers", "block_size_tokens")}
+    replica = StageReplica(
+        StageSpec(
+            start_layer=ranges[0].start_layer,
+            end_layer=ranges[0].end_layer,
+            block_size_tokens=args.block_size_tokens or (256 if args.device == "cuda" else 16),
+            **values,
+        )
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await replica.start()
+    print(f"ready grpc://{replica.address} layers {ranges[0]}", flush=True)
+    await stop.wait()
+    await replica.drain()
+    await replica.stop()
+
+
+def main() -> int:
+    """Exit code 0 after SIGINT or SIGTERM, 2 for wrong input, 1 for our own failure."""
+    args = _parser().parse_args()
+    try:
+        asyncio.run(_serve(args))
+    except StagelineError as error:
+        print(f"stages: {error.message} [{error.reason}]", file=sys.stderr)
+        return 2 if isinstance(error, InvalidArgumentError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""One step, from the bytes that came in to the bytes that go out. No gRPC here; runs on the compute thread."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from stages.batch import StepBatch
+from stages.logits import LogitsProcessor
+from stages.runner import StageRunner
+from stages.server.frames import StepFrame
+from stageline.errors import InternalError, InvalidArgumentError, StagelineError, UnimplementedError
+from stageline.stage.v1 import stage_service_pb2 as pb
+
+ELEMENT_TYPES: dict[torch.dtype, pb.ElementType] = {
+    torch.float32: pb.ELEMENT_TYPE_FLOAT32,
+    torch.bfloat16: pb.ELEMENT_TYPE_BFLOAT16,
+    torch.float16: pb.ELEMENT_TYPE_FLOAT16,
+}
+
+
+class StageExecutor:
+    """Decodes a step, runs the layers, and on the last stage turns logits into candidates."""
+
+    def __init__(self, runner: StageRunner) -> None:
+        self.runner = runner
+        self.element_type = ELEMENT_TYPES[runner.dtype]
+        self._name = str(runner.layers)
+        self._logits = LogitsProcessor(runner.config.vocab_size, runner.device) if runner.model.is_last else None
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make the KV cache of the pipeline's size."""
+        self.runner.allocate_kv(num_blocks)
+
+    def reset(self) -> None:
+        """A new epoch: what the last stage remembered of sequences is registered again."""
+        if self._logits is not None:
+            self._logits.reset()
+
+    def execute(self, frame: StepFrame, received_ns: int) -> StepFrame:
+        """The frame for the next stage; from the last stage its header is a serialized StepResult.
+
+        A step that cannot be executed becomes a FAILED frame with the reason: the epoch and other steps go on.
+        """
+        trace = pb.StepResult.FromString(frame.trace)
+        timing = trace.timings.add(stage=self._name, received_ns=received_ns, started_ns=time.monotonic_ns())
+        if frame.failed:
+            return self._answer_failed(frame, pb.StepError.FromString(frame.header), trace)
+        try:
+            out = self._run(frame)
+        except StagelineError as error:
+            failure = pb.StepError(stage=self._name, reason=error.reason, message=error.message)
+            return self._answer_failed(frame, failure, trace)
+        except RuntimeError as error:  # torch: out of memory, a device that failed
+            wrapped = InternalError("STEP_FAILED", f"{type(error).__name__}: {error}")
+            failure = pb.StepError(stage=self._name, reason=wrapped.reason, message=wrapped.message)
+            return self._answer_failed(frame, failure, trace)
+        timing.finished_ns = time.monotonic_ns()
+        if isinstance(out, list):
+            result = pb.StepResult(step_id=frame.step_id, rows=out, timings=trace.timings)
+            return StepFrame(frame.epoch, frame.step_id, result.SerializeToString())
+        payload = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        return StepFrame(
+            frame.epoch, frame.step_id, frame.header, trace.SerializeToString(), self.element_type, payload
+        )
+
+    def _answer_failed(self, frame: StepFrame, failure: pb.StepError, trace: pb.StepResult) -> StepFrame:
+        if self._logits is None:
+            return StepFrame(
+                frame.epoch, frame.step_id, failure.SerializeToString(), trace.SerializeToString(), failed=True
+            )
+        result = pb.StepResult(step_id=frame.step_id, timings=trace.timings, error=failure)
+        return StepFrame(frame.epoch, frame.step_id, result.SerializeToString())
+
+    def _run(self, frame: StepFrame) -> torch.Tensor | list[pb.RowResult]:
+        step = pb.Step.FromString(frame.header)
+        runner = self.runner
+        if any(row.HasField("scoring") for row in step.rows):
+            raise UnimplementedError("SCORING_NOT_SERVED", "log-probabilities of the prompt are not served yet")
+        batch = StepBatch.from_step(
+            step,
+            vocab_size=runner.config.vocab_size,
+            num_blocks=runner.num_blocks,
+            block_size_tokens=runner.block_size_tokens,
+        )
+        hidden_TD = None if runner.model.is_first else self._hidden(frame, len(batch.token_ids))
+        out = runner.execute(batch, hidden_TD)
+        if self._logits is None:
+            return out.cpu()
+        self._logits.release(step.released_sequence_ids)
+        rows = []
+        for index in batch.output_rows:
+            row = step.rows[index]
+            tokens = batch.token_ids[batch.query_starts[index] : batch.query_starts[index + 1]]
+            rows.append((row.sequence_id, tokens, row.context_len, row.sampling))
+        return self._logits.process(out, rows)
+
+    def _hidden(self, frame: StepFrame, num_tokens: int) -> torch.Tensor:
+        width = self.runner.config.hidden_size
+        expected = num_tokens * width * self.runner.dtype.itemsize
+        if frame.element_type != self.element_type or len(frame.payload) != expected:
+            raise InvalidArgumentError(
+                "HIDDEN_STATES_MISMATCH",
+                f"hidden states have element type {frame.element_type} and {len(frame.payload)} bytes, expected "
+                f"type {self.element_type} and {expected} bytes for {num_tokens} tokens of {width} elements",
+            )
+        return torch.frombuffer(frame.payload, dtype=self.runner.dtype).view(num_tokens, width)

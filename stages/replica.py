@@ -1,0 +1,155 @@
+"""One running stage: opens the checkpoint, loads its layers, serves them. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from stages.checkpoint import open_checkpoint
+from stages.executor import StageExecutor
+from stages.partition import LayerRange
+from stages.runner import StageRunner
+from stages.server.server import StageServer
+from stages.weights import load_weights
+from stageline.errors import ConfigError, InternalError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_CPU_KV_BYTES = 1 << 30
+CUDA_KV_FRACTION = 0.9  # of the memory that is free once the weights are loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpec:
+    """What a stage is, in plain values, so that it can cross process borders."""
+
+    model: str
+    start_layer: int
+    end_layer: int
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    batch_invariant: bool = False
+    block_size_tokens: int = 16
+    kv_memory_bytes: int | None = None
+    num_blocks: int | None = None
+    num_threads: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    revision: str | None = None
+    queue_depth_steps: int = 8
+
+    def to_dict(self) -> dict[str, Any]:
+        """For another process."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> StageSpec:
+        """Raises ConfigError for an unknown field."""
+        unknown = data.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ConfigError("CONFIG_UNKNOWN_KEY", f"stage specification: unknown fields {', '.join(sorted(unknown))}")
+        return cls(**data)
+
+
+class StageReplica:
+    """Loads and serves the stage of a StageSpec."""
+
+    def __init__(self, spec: StageSpec) -> None:
+        self.spec = spec
+        self.address = ""
+        self._server: StageServer | None = None
+        self._metadata: dict[str, Any] = {}
+
+    async def start(self) -> None:
+        """Load the weights and listen. Raises CheckpointError or ConfigError."""
+        executor, fingerprint, capacity = await asyncio.to_thread(self._load)
+        spec = self.spec
+        self._server = StageServer(
+            executor, fingerprint=fingerprint, kv_capacity_blocks=capacity, queue_depth_steps=spec.queue_depth_steps
+        )
+        port = await self._server.start(spec.host, spec.port)
+        self.address = f"{spec.host}:{port}"
+        self._metadata = {
+            "address": self.address,
+            "incarnation": self._server.incarnation,
+            "fingerprint": fingerprint,
+            "start_layer": spec.start_layer,
+            "end_layer": spec.end_layer,
+            "num_layers": executor.runner.config.num_layers,
+            "pid": os.getpid(),
+            "node": spec.host,
+        }
+
+    def _load(self) -> tuple[StageExecutor, str, int]:
+        spec = self.spec
+        if spec.num_threads is not None:
+            torch.set_num_threads(spec.num_threads)
+        checkpoint = open_checkpoint(spec.model, revision=spec.revision)
+        config, layers = checkpoint.config, LayerRange(spec.start_layer, spec.end_layer)
+        if not 0 <= layers.start_layer < layers.end_layer <= config.num_layers:
+            raise ConfigError(
+                "LAYERS_OUT_OF_RANGE", f"layers {layers} are not within the model's {config.num_layers} layers",
+                field="stages.layers",
+            )  # fmt: skip
+        if spec.dtype not in DTYPES:
+            raise ConfigError("CONFIG_INVALID", f"dtype must be one of {', '.join(DTYPES)}, got {spec.dtype!r}", field="model.dtype")
+        checkpoint.verify_index(layers)
+        runner = StageRunner(
+            config,
+            layers,
+            dtype=DTYPES[spec.dtype],
+            device=torch.device(spec.device),
+            batch_invariant=spec.batch_invariant,
+            block_size_tokens=spec.block_size_tokens,
+        )
+        with tqdm(desc=f"layers {layers}", unit="tensor", file=sys.stderr, mininterval=1.0) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            load_weights(checkpoint, layers, runner.model.load_tensor, dtype=DTYPES[spec.dtype], progress=progress)
+        missing = runner.model.missing()
+        if missing:
+            raise InternalError("WEIGHTS_MISSING", f"layers {layers}: tensors were not loaded: {', '.join(sorted(missing))}")
+        return StageExecutor(runner), checkpoint.fingerprint, self._kv_blocks(runner)
+
+    def _kv_blocks(self, runner: StageRunner) -> int:
+        spec = self.spec
+        if spec.num_blocks is not None:
+            return spec.num_blocks
+        memory = spec.kv_memory_bytes
+        if memory is None:
+            on_cuda = runner.device.type == "cuda"
+            memory = int(torch.cuda.mem_get_info()[0] * CUDA_KV_FRACTION) if on_cuda else DEFAULT_CPU_KV_BYTES
+        blocks = runner.kv_capacity_blocks(memory)
+        if blocks < 2:
+            raise ConfigError(
+                "KV_CACHE_TOO_SMALL", f"{memory} bytes hold {blocks} KV blocks of layers {runner.layers}; at least 2 are needed",
+                field="kv_cache.memory_bytes", value=memory,
+            )  # fmt: skip
+        return blocks
+
+    def metadata(self) -> dict[str, Any]:
+        """Where and what this replica is; plain values."""
+        return dict(self._metadata)
+
+    def check_health(self) -> None:
+        """Raises InternalError where the stage cannot compute any more."""
+        if self._server is None or self._server.failure is not None:
+            raise InternalError("STAGE_UNHEALTHY", f"the stage stopped computing: {self._server and self._server.failure!r}")
+
+    async def drain(self) -> None:
+        """Take no new claim and tell the owner."""
+        if self._server is not None:
+            await self._server.drain()
+
+    async def stop(self) -> None:
+        """End everything."""
+        if self._server is not None:
+            await self._server.stop()

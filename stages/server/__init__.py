@@ -1,0 +1,1 @@
+"""The stage's gRPC server: control, framed data, claims."""

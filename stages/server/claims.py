@@ -1,0 +1,99 @@
+"""Who owns a stage replica: a pure state machine. Time is passed in, in seconds of a monotonic clock."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, replace
+
+from stageline.errors import FailedPreconditionError, InvalidArgumentError
+
+
+class State(enum.Enum):
+    """Life cycle of a replica."""
+
+    SPARE = "spare"
+    CLAIMED = "claimed"
+    CONNECTED = "connected"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """Everything that decides whether a call may go on. Every transition returns a new value."""
+
+    incarnation: str
+    state: State = State.SPARE
+    epoch: int = 0
+    owner_id: str = ""
+    lease_s: float = 0.0
+    lease_ends_s: float = -math.inf
+
+    def claim(self, *, owner_id: str, incarnation: str, min_epoch: int, lease_s: float, now_s: float) -> Claims:
+        """Grant a new epoch to a new owner, to the same owner, or after the lease of another one ran out."""
+        self._check_incarnation(incarnation)
+        if not owner_id:
+            raise InvalidArgumentError("OWNER_MISSING", "owner_id must not be empty", field="owner_id")
+        if not (0 < lease_s < math.inf):
+            raise InvalidArgumentError("LEASE_NOT_POSITIVE", f"lease_s must be over 0, got {lease_s}", field="lease_s")
+        if self.state is State.DRAINING:
+            raise FailedPreconditionError("STAGE_DRAINING", "the stage is draining and takes no new claim")
+        if self.owner_id and self.owner_id != owner_id and not self.expired(now_s):
+            raise FailedPreconditionError(
+                "STAGE_CLAIMED", f"the stage is owned by {self.owner_id} for {self.lease_ends_s - now_s:.1f} s more",
+                owner_id=self.owner_id, epoch=self.epoch,
+            )  # fmt: skip
+        return replace(
+            self, state=State.CLAIMED, epoch=max(self.epoch + 1, min_epoch), owner_id=owner_id,
+            lease_s=lease_s, lease_ends_s=now_s + lease_s,
+        )  # fmt: skip
+
+    def connect(self, *, epoch: int, now_s: float) -> Claims:
+        """The owner has wired the stage."""
+        self.check(epoch=epoch, now_s=now_s)
+        return replace(self, state=State.CONNECTED)
+
+    def renew(self, *, epoch: int, incarnation: str, now_s: float) -> Claims:
+        """Extend the lease; fails for an owner that was fenced."""
+        self._check_incarnation(incarnation)
+        self.check(epoch=epoch, now_s=now_s)
+        return replace(self, lease_ends_s=now_s + self.lease_s)
+
+    def release(self, *, epoch: int, incarnation: str, now_s: float) -> Claims:
+        """The owner gives the stage back; the epoch stays, so that its frames stay stale."""
+        self._check_incarnation(incarnation)
+        self.check(epoch=epoch, now_s=now_s)
+        state = State.DRAINING if self.state is State.DRAINING else State.SPARE
+        return replace(self, state=state, owner_id="", lease_ends_s=-math.inf, epoch=self.epoch + 1)
+
+    def drain(self) -> Claims:
+        """Take no new claim; the current one goes on."""
+        return replace(self, state=State.DRAINING)
+
+    def expire(self, now_s: float) -> Claims:
+        """Free a stage whose owner let its lease run out; a higher epoch fences that owner for good."""
+        if not self.owner_id or not self.expired(now_s):
+            return self
+        state = State.DRAINING if self.state is State.DRAINING else State.SPARE
+        return replace(self, state=state, owner_id="", lease_ends_s=-math.inf, epoch=self.epoch + 1)
+
+    def expired(self, now_s: float) -> bool:
+        """Whether the lease has run out."""
+        return now_s >= self.lease_ends_s
+
+    def check(self, *, epoch: int, now_s: float, incarnation: str | None = None) -> None:
+        """Raise STALE_EPOCH unless `epoch` is current and its lease runs."""
+        if incarnation is not None:
+            self._check_incarnation(incarnation)
+        if epoch != self.epoch or not self.owner_id or self.expired(now_s):
+            raise FailedPreconditionError(
+                "STALE_EPOCH", f"epoch {epoch} is not current: the stage is in epoch {self.epoch}; claim it again",
+                epoch=epoch, current_epoch=self.epoch,
+            )  # fmt: skip
+
+    def _check_incarnation(self, incarnation: str) -> None:
+        if incarnation != self.incarnation:
+            raise FailedPreconditionError(
+                "WRONG_INCARNATION", f"incarnation {incarnation!r} is gone; this process is {self.incarnation!r}",
+                incarnation=incarnation, current_incarnation=self.incarnation,
+            )  # fmt: skip

@@ -1,0 +1,77 @@
+"""The stream to the next stage, and the channel options every stage connection uses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+
+from stages.server.frames import MAX_FRAME_BYTES, StepFrame, encode
+from stageline.errors import UnavailableError
+
+DATA_SERVICE = "stageline.stage.v1.StageDataService"
+FORWARD, RESULTS = f"/{DATA_SERVICE}/Forward", f"/{DATA_SERVICE}/Results"
+
+# Messages are bounded by our own frames; pings find silent peers; the window covers a few frames in flight.
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.lookahead_bytes", 8 << 20),
+)
+
+
+def epoch_metadata(epoch: int, incarnation: str) -> tuple[tuple[str, str], ...]:
+    """Metadata of a data stream."""
+    return (("stageline-epoch", str(epoch)), ("stageline-incarnation", incarnation))
+
+
+class Link:
+    """A Forward stream to one stage under one epoch."""
+
+    def __init__(self, address: str, epoch: int, incarnation: str, on_broken: Callable[[str, str], None]) -> None:
+        """`on_broken(address, detail)` is called once, when the stream ends without `close`."""
+        self.address = address
+        self._epoch, self._incarnation, self._on_broken = epoch, incarnation, on_broken
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._call: grpc.aio.StreamUnaryCall[bytes, bytes] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def open(self, timeout_s: float = 10.0) -> None:
+        """Raises UnavailableError where nobody answers in time."""
+        try:
+            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+        except asyncio.TimeoutError:
+            await self._channel.close()
+            raise UnavailableError(
+                "NEXT_STAGE_UNREACHABLE", f"no stage answers at {self.address} within {timeout_s} s", address=self.address
+            ) from None
+        method = self._channel.stream_unary(FORWARD, request_serializer=None, response_deserializer=None)
+        self._call = method(metadata=epoch_metadata(self._epoch, self._incarnation))
+        self._watcher = asyncio.create_task(self._watch(self._call))
+
+    async def _watch(self, call: grpc.aio.StreamUnaryCall[bytes, bytes]) -> None:
+        code, details = await call.code(), await call.details()
+        self._on_broken(self.address, f"{code.name}: {details}")
+
+    async def send(self, frame: StepFrame) -> None:
+        """Write one step; waits for flow control. Errors reach `on_broken`, not the caller."""
+        assert self._call is not None
+        try:
+            for message in encode(frame):
+                await self._call.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+            pass  # the stream has ended; its watcher says why
+
+    async def close(self) -> None:
+        """End the stream quietly."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._call is not None:
+            self._call.cancel()
+        await self._channel.close()
