@@ -77,6 +77,9 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     `stages.hub.fetch_metadata`.
     """
     path = Path(model).expanduser()
+    if revision and path.exists():
+        raise CheckpointError("REVISION_OF_LOCAL_MODEL", f"revision {revision!r} belongs to a hub id, but {model} is a local "
+                              "path; leave the revision out", field="model.revision", value=revision)
     if path.is_dir():
         return _open_folder(path, None)
     if path.is_file() and path.suffix.lower() == ".gguf":
@@ -85,7 +88,7 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
         raise CheckpointError("MODEL_NOT_SERVED", f"{model} is neither a folder nor a .gguf file; give the folder that "
                               "holds config.json", field="model.path", value=model)
     if path.suffix.lower() != ".gguf" and _HUB_ID.fullmatch(model):
-        hub = fetch_metadata(model, revision)
+        hub = fetch_metadata(model, revision or None)
         return _open_folder(hub.folder, hub)
     raise CheckpointError("MODEL_NOT_FOUND", f"model {model!r}: no such folder or file, and not a hub id (those look like "
                           "Qwen/Qwen2-72B-Instruct)", field="model.path", value=model)
