@@ -93,6 +93,8 @@ def config_of(file: GgufFile) -> ModelConfig:
         if keys.integer(key, head_dim) != head_dim:
             raise _not_served(file, prefix + key, f"{keys[key]} differs from the head size {head_dim}")
     num_layers = keys.integer("block_count")
+    if num_layers > len(file.tensors):  # before anything of that length is made
+        raise _not_served(file, prefix + "block_count", f"{num_layers} layers in a file of {len(file.tensors)} tensors")
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from pathlib import Path
 
 import gguf
@@ -57,19 +56,23 @@ def test_config_and_exact_float32_tensors(tmp_path, architecture, tied) -> None:
 @pytest.mark.parametrize("quantization", [Q8_0, gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.F16])
 def test_equal_to_transformers(tmp_path, architecture, quantization) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is the reference for GGUF files")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     config = CONFIGS[architecture]
     write_gguf(tmp_path / "model.gguf", arrays(config), architecture=architecture, quantization=quantization)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, gguf_file="model.gguf", dtype=torch.float32)
-    expected = model.state_dict()
+    reference_config = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="model.gguf")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(reference_config)
+    # What `from_pretrained(gguf_file=)` calls; itself it asks for accelerate too.
+    expected = load_gguf_checkpoint(
+        tmp_path / "model.gguf", return_tensors=True, model_to_load=model)["tensors"]
     loaded = load(tmp_path / "model.gguf", whole(config), torch.float32)
-    assert loaded.keys() == expected.keys()
+    assert loaded.keys() == expected.keys() == model.state_dict().keys()
     for name, tensor in expected.items():
         assert torch.equal(loaded[name], tensor), name
-    assert model.config.rope_parameters["rope_theta"] == config.rope_theta
-    assert np.float32(model.config.rms_norm_eps) == np.float32(config.rms_norm_eps)
+    assert reference_config.rope_parameters["rope_theta"] == config.rope_theta
+    assert np.float32(reference_config.rms_norm_eps) == np.float32(config.rms_norm_eps)
+    assert reference_config.vocab_size == config.vocab_size
 
 
 def test_bfloat16_is_cast_from_float32(tmp_path) -> None:
@@ -114,6 +117,14 @@ def test_another_architecture_and_a_missing_key(tmp_path) -> None:
     write_gguf(tmp_path / "model.gguf", arrays(QWEN2), skip_keys=("block_count",))
     with pytest.raises(CheckpointError, match=r"missing key qwen2\.block_count"):
         open_checkpoint(str(tmp_path / "model.gguf"))
+
+
+def test_more_layers_than_tensors(tmp_path) -> None:
+    """A damaged count must not make us list four billion layers."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, arrays(QWEN2), skip_keys=("block_count",), extra=lambda w: w.add_uint32("qwen2.block_count", 2**32 - 1))
+    with pytest.raises(CheckpointError, match="4294967295 layers"):
+        open_checkpoint(str(path))
 
 
 def test_missing_extra_and_misshapen_tensors(tmp_path) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from weights_helpers import (
-    CONFIG_72B, TINY, edit_shard, pack, random_tensors, shard_name, whole, write_metadata, write_sharded, write_single,
+    CONFIG_72B,
+    TINY,
+    edit_shard,
+    pack,
+    random_tensors,
+    shard_name,
+    whole,
+    write_metadata,
+    write_sharded,
+    write_single,
     write_sparse_shard,
 )  # fmt: skip
 
@@ -121,7 +131,7 @@ def only(folder: Path, shards: tuple[str, ...], source: Path) -> Path:
 
 def even_split(num_layers: int, num_stages: int) -> list[LayerRange]:
     bounds = [num_layers * i // num_stages for i in range(num_stages + 1)]
-    return [LayerRange(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [LayerRange(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def test_72b_each_stage_needs_only_its_own_of_the_37_shards(tmp_path) -> None:
