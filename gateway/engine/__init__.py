@@ -1,0 +1,5 @@
+"""The one generate path behind every door: sequences in, deltas out, over any number of pipelines."""
+
+from gateway.engine.engine import Engine, EngineSettings
+
+__all__ = ["Engine", "EngineSettings"]

@@ -1,0 +1,98 @@
+"""One choice of one request while it is generated: text, stops, and where its deltas go. Pure but for the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from gateway.scheduler import Sequence
+from gateway.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from gateway.types import ChoiceDelta, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
+from stageline.errors import StagelineError
+
+Deltas = asyncio.Queue[ChoiceDelta | StagelineError]
+
+
+@dataclass(slots=True)
+class _Piece:
+    text: str
+    finish_reason: FinishReason | None
+    matched_stop: str = ""
+
+
+class ChoiceState:
+    """Turns tokens into deltas and says when the choice has ended."""
+
+    def __init__(
+        self, request: GenerateRequest, index: int, sequence_id: int, tokenizer: Tokenizer, context_tokens: int, deltas: Deltas
+    ) -> None:
+        self.params: SamplingParams = request.sampling
+        self.index, self.deltas = index, deltas
+        self.ended = False
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, self.params.skip_special_tokens)
+        self._matcher = StopMatcher(self.params.stop_strings, self.params.include_stop_string)
+        self._stop_ids = frozenset(self.params.eos_token_ids) | frozenset(self.params.stop_token_ids)
+        longest = len(request.prompt_token_ids) + self.params.max_tokens
+        self.sequence = Sequence(
+            sequence_id=sequence_id,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=list(request.resume_token_ids),
+            choice_index=index,
+            max_total_tokens=min(longest, context_tokens),
+            priority=request.priority,
+        )
+        self._resume(request.resume_token_ids)
+
+    def suppressed(self, output_position: int) -> tuple[int, ...]:
+        """Tokens that cannot be chosen yet: end tokens and stop ids before min_tokens."""
+        return tuple(sorted(self._stop_ids)) if output_position < self.params.min_tokens else ()
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
+        """Take a generated token that the sequence already holds, send its delta, return whether the choice ended."""
+        piece = self._advance(token_id, len(self.sequence.output_token_ids))
+        self._send(piece, (token_id,), () if logprobs is None else (logprobs,))
+        return self.ended
+
+    def fail(self, error: StagelineError) -> None:
+        """End the whole request with an error."""
+        if not self.ended:
+            self.ended = True
+            self.deltas.put_nowait(error)
+
+    def _resume(self, token_ids: tuple[int, ...]) -> None:
+        """Bring text and stops to where they were; what the client has is not sent again."""
+        for count, token_id in enumerate(token_ids, start=1):
+            piece = self._advance(token_id, count)
+            if piece.finish_reason is not None:
+                self._send(_Piece("", piece.finish_reason, piece.matched_stop), (), ())
+                return
+
+    def _advance(self, token_id: int, num_output: int) -> _Piece:
+        stops = token_id in self._stop_ids and num_output > self.params.min_tokens
+        text = "" if stops and not self.params.include_stop_string else self._detokenizer.append(token_id)
+        last = stops or len(self.sequence.prompt_token_ids) + num_output >= self.sequence.max_total_tokens
+        if last:
+            text += self._detokenizer.finish()
+        text, matched = self._matcher.append(text)
+        if matched is not None and num_output > self.params.min_tokens:
+            return _Piece(text, FinishReason.STOP, matched)
+        if not last:
+            return _Piece(text, None)
+        text += self._matcher.finish()
+        if stops:
+            return _Piece(text, FinishReason.STOP, self._tokenizer.decode([token_id], skip_special_tokens=False))
+        return _Piece(text, FinishReason.LENGTH)
+
+    def _send(self, piece: _Piece, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+        self.ended = piece.finish_reason is not None
+        self.deltas.put_nowait(
+            ChoiceDelta(
+                index=self.index,
+                text=piece.text,
+                token_ids=token_ids,
+                logprobs=logprobs,
+                finish_reason=piece.finish_reason,
+                matched_stop=piece.matched_stop,
+            )
+        )

@@ -1,0 +1,186 @@
+"""A lane: one scheduler and the pipeline that runs its micro-batches. The pipeline may break; the lane goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gateway.engine.choice import ChoiceState
+from gateway.pipelines.discovery import ReplicaRecord
+from gateway.pipelines.form import Chain
+from gateway.pipelines.pipeline import Pipeline
+from gateway.sampling import choose, make_sampling
+from gateway.scheduler import MicroBatch, ScheduledRow, Scheduler
+from gateway.types import PipelineStatus, ReplicaStatus
+from stageline.errors import InternalError, ResourceExhaustedError, StagelineError
+from stageline.stage.v1 import stage_service_pb2 as pb
+
+logger = logging.getLogger("stageline.gateway")
+
+
+class Lane:
+    """Sequences, the scheduler that owns their blocks, and the driver of the current pipeline."""
+
+    def __init__(self, name: str, make_scheduler: Callable[[Pipeline], Scheduler]) -> None:
+        self.name = name
+        self.state = "forming"
+        self.scheduler: Scheduler | None = None
+        self.pipeline: Pipeline | None = None
+        self.stages: Chain = ()  # replicas in use; set before they are claimed, so that no other lane takes them
+        self._make_scheduler = make_scheduler
+        self._choices: dict[int, ChoiceState] = {}
+        self._sent: dict[int, MicroBatch] = {}
+
+    @property
+    def load(self) -> int:
+        """Sequences here, running or waiting."""
+        return len(self._choices)
+
+    async def open(self, pipeline: Pipeline) -> None:
+        """Claim and wire a chain, then go on with every sequence: what the old pipeline had computed is recomputed."""
+        await pipeline.open(self._on_result)
+        self.pipeline = pipeline
+        self._sent.clear()
+        if self.scheduler is None:
+            self.scheduler = self._make_scheduler(pipeline)
+        else:
+            self.scheduler.max_in_flight = pipeline.max_in_flight
+            for sequence in self.scheduler.reset(pipeline.num_blocks):
+                error = ResourceExhaustedError(
+                    "KV_CACHE_TOO_SMALL", "the pipeline was replaced by one whose KV cache cannot hold this request"
+                )
+                self._choices.pop(sequence.sequence_id).fail(error)
+        self.pump()
+
+    async def close(self) -> None:
+        """Let the pipeline go; sequences stay."""
+        if self.pipeline is not None:
+            pipeline, self.pipeline = self.pipeline, None
+            await pipeline.close()
+
+    def add(self, choice: ChoiceState) -> None:
+        """Take a sequence. Raises ResourceExhaustedError or InvalidArgumentError where it cannot be queued."""
+        assert self.scheduler is not None
+        self.scheduler.add(choice.sequence)
+        self._choices[choice.sequence.sequence_id] = choice
+        self.pump()
+
+    def cancel(self, choice: ChoiceState) -> None:
+        """Drop a sequence; its blocks go back as soon as nothing in flight touches them."""
+        if self._choices.pop(choice.sequence.sequence_id, None) is not None:
+            assert self.scheduler is not None
+            self.scheduler.cancel(choice.sequence.sequence_id)
+            self.pump()
+
+    def fail_all(self, error: StagelineError) -> None:
+        """End every request here."""
+        for choice in list(self._choices.values()):
+            choice.fail(error)
+            self.cancel(choice)
+
+    def pump(self) -> None:
+        """Send micro-batches while the scheduler has any and the pipeline has room."""
+        if self.pipeline is None or self.scheduler is None or self.pipeline.broken.is_set():
+            return
+        while (batch := self.scheduler.schedule()) is not None:
+            self._sent[batch.step_id] = batch
+            self.pipeline.send(self._step(batch))
+
+    def status(self) -> PipelineStatus:
+        """For `stageline status`."""
+        scheduler = self.scheduler
+        return PipelineStatus(
+            id=self.name,
+            epoch=self.pipeline.epoch if self.pipeline else 0,
+            state=self.state,
+            stages=tuple(replica_status(stage, "connected" if self.pipeline else "claimed") for stage in self.stages),
+            num_blocks=self.pipeline.num_blocks if self.pipeline else 0,
+            num_free_blocks=scheduler.num_free_blocks if scheduler else 0,
+            num_running_sequences=scheduler.num_running if scheduler else 0,
+            num_waiting_sequences=scheduler.num_waiting if scheduler else 0,
+        )
+
+    def _step(self, batch: MicroBatch) -> pb.Step:
+        step = pb.Step(step_id=batch.step_id, released_sequence_ids=batch.released_sequence_ids)
+        step.token_ids = _int32([token for row in batch.rows for token in row.token_ids])
+        for scheduled in batch.rows:
+            row = step.rows.add(
+                sequence_id=scheduled.sequence.sequence_id,
+                num_tokens=scheduled.num_tokens,
+                context_len=scheduled.context_len,
+                block_table=_int32(scheduled.block_table),
+            )
+            if scheduled.wants_output:
+                row.sampling.CopyFrom(self._sampling(scheduled))
+        return step
+
+    def _sampling(self, row: ScheduledRow) -> pb.Sampling:
+        choice = self._choices[row.sequence.sequence_id]
+        register = row.needs_registration and choice.params.has_penalties()
+        output = tuple(row.sequence.output_token_ids[: row.output_position])
+        return make_sampling(
+            choice.params,
+            choice_index=choice.index,
+            output_position=row.output_position,
+            suppressed=choice.suppressed(row.output_position),
+            registration=(row.sequence.prompt_token_ids, output) if register else None,
+        )
+
+    def _on_result(self, result: pb.StepResult) -> None:
+        assert self.scheduler is not None
+        batch = self._sent.pop(result.step_id)
+        if result.HasField("error"):
+            cause = result.error
+            error = InternalError(
+                cause.reason, f"the stage with layers {cause.stage} could not execute the step: {cause.message}", stage=cause.stage
+            )
+            for sequence in self.scheduler.fail(result.step_id):
+                self._choices.pop(sequence.sequence_id).fail(error)
+        else:
+            self._on_rows(batch, {row.sequence_id: row for row in result.rows})
+        self.pump()
+
+    def _on_rows(self, batch: MicroBatch, results: dict[int, pb.RowResult]) -> None:
+        assert self.scheduler is not None
+        chosen = {}
+        for row in batch.rows:
+            choice = self._choices.get(row.sequence.sequence_id)
+            if choice is None or not row.wants_output:  # cancelled on the way, or a prefill chunk
+                continue
+            try:
+                chosen[row.sequence.sequence_id] = choose(
+                    results[row.sequence.sequence_id], choice.params, choice_index=choice.index, position=row.output_position
+                )
+            except StagelineError as error:
+                choice.fail(error)
+                self.cancel_quietly(choice)
+        self.scheduler.complete(batch.step_id, {sequence_id: c.token_id for sequence_id, c in chosen.items()})
+        for sequence_id, token in chosen.items():
+            choice = self._choices[sequence_id]
+            if choice.append(token.token_id, token.logprobs):
+                del self._choices[sequence_id]
+                self.scheduler.finish(sequence_id)
+
+    def cancel_quietly(self, choice: ChoiceState) -> None:
+        """Drop a sequence without scheduling anything new yet."""
+        assert self.scheduler is not None
+        self._choices.pop(choice.sequence.sequence_id, None)
+        self.scheduler.cancel(choice.sequence.sequence_id)
+
+
+def replica_status(record: ReplicaRecord, state: str) -> ReplicaStatus:
+    """A replica as `stageline status` shows it."""
+    return ReplicaStatus(
+        pid=record.pid,
+        node=record.node,
+        address=record.address,
+        state=state,
+        layers=f"{record.start_layer}-{record.end_layer}",
+    )
+
+
+def _int32(values: Sequence[int]) -> bytes:
+    return np.array(values, dtype="<i4").tobytes()
