@@ -7,8 +7,8 @@ import asyncio
 import signal
 import sys
 
-from stages.partition import parse_layer_ranges
 from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
+from stages.partition import parse_layer_ranges
 
 
 def _parser() -> argparse.ArgumentParser:

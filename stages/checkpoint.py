@@ -78,20 +78,32 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     """
     path = Path(model).expanduser()
     if revision and path.exists():
-        raise CheckpointError("REVISION_OF_LOCAL_MODEL", f"revision {revision!r} belongs to a hub id, but {model} is a local "
-                              "path; leave the revision out", field="model.revision", value=revision)
+        raise CheckpointError(
+            "REVISION_OF_LOCAL_MODEL",
+            f"revision {revision!r} belongs to a hub id, but {model} is a local path; leave the revision out",
+            field="model.revision",
+            value=revision,
+        )
     if path.is_dir():
         return _open_folder(path, None)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _open_gguf(path)
     if path.exists():
-        raise CheckpointError("MODEL_NOT_SERVED", f"{model} is neither a folder nor a .gguf file; give the folder that "
-                              "holds config.json", field="model.path", value=model)
+        raise CheckpointError(
+            "MODEL_NOT_SERVED",
+            f"{model} is neither a folder nor a .gguf file; give the folder that holds config.json",
+            field="model.path",
+            value=model,
+        )
     if path.suffix.lower() != ".gguf" and _HUB_ID.fullmatch(model):
         hub = fetch_metadata(model, revision or None)
         return _open_folder(hub.folder, hub)
-    raise CheckpointError("MODEL_NOT_FOUND", f"model {model!r}: no such folder or file, and not a hub id (those look like "
-                          "Qwen/Qwen2-72B-Instruct)", field="model.path", value=model)
+    raise CheckpointError(
+        "MODEL_NOT_FOUND",
+        f"model {model!r}: no such folder or file, and not a hub id (those look like Qwen/Qwen2-72B-Instruct)",
+        field="model.path",
+        value=model,
+    )
 
 
 def _open_folder(path: Path, hub: HubModel | None) -> Checkpoint:
@@ -108,14 +120,23 @@ def _open_folder(path: Path, hub: HubModel | None) -> Checkpoint:
         weight_map = dict.fromkeys(read_header(path / SINGLE_FILE).tensors, SINGLE_FILE)
         identity["content"] = content_identity(path / SINGLE_FILE)
     else:
-        raise CheckpointError("WEIGHTS_MISSING", f"{path} has neither {INDEX_FILE} nor {SINGLE_FILE}; weights are read "
-                              "from safetensors only", path=path)
+        raise CheckpointError(
+            "WEIGHTS_MISSING",
+            f"{path} has neither {INDEX_FILE} nor {SINGLE_FILE}; weights are read from safetensors only",
+            path=path,
+        )
     source = INDEX_FILE if (path / INDEX_FILE).exists() else SINGLE_FILE
     check_names(weight_map, config, source)
     generation = path / "generation_config.json"
-    return Checkpoint(kind="hub" if hub else "folder", path=path, config=config,
-                      generation_config=read_json(generation) if generation.exists() else {},
-                      weight_map=weight_map, fingerprint=digest(identity), hub=hub)
+    return Checkpoint(
+        kind="hub" if hub else "folder",
+        path=path,
+        config=config,
+        generation_config=read_json(generation) if generation.exists() else {},
+        weight_map=weight_map,
+        fingerprint=digest(identity),
+        hub=hub,
+    )
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -123,5 +144,11 @@ def _open_gguf(path: Path) -> Checkpoint:
     config = gguf_file.config_of(file)
     weight_map = dict.fromkeys(gguf_file.tensors_by_hf_name(file), path.name)
     check_names(weight_map, config, path.name)
-    return Checkpoint(kind="gguf", path=path, config=config, generation_config={}, weight_map=weight_map,
-                      fingerprint=digest({"content": content_identity(path)}))
+    return Checkpoint(
+        kind="gguf",
+        path=path,
+        config=config,
+        generation_config={},
+        weight_map=weight_map,
+        fingerprint=digest({"content": content_identity(path)}),
+    )

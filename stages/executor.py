@@ -6,12 +6,12 @@ import time
 
 import torch
 
+from stageline.errors import InternalError, InvalidArgumentError, StagelineError, UnimplementedError
+from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.batch import StepBatch
 from stages.logits import LogitsProcessor
 from stages.runner import StageRunner
 from stages.server.frames import StepFrame
-from stageline.errors import InternalError, InvalidArgumentError, StagelineError, UnimplementedError
-from stageline.stage.v1 import stage_service_pb2 as pb
 
 ELEMENT_TYPES: dict[torch.dtype, pb.ElementType] = {
     torch.float32: pb.ELEMENT_TYPE_FLOAT32,

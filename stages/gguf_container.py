@@ -56,9 +56,12 @@ class GgufFile:
         try:
             values = gguf.dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.quantization)
         except NotImplementedError:
-            raise CheckpointError("TENSOR_DTYPE_NOT_SERVED", f"{self.path}: {tensor.name} has the type "
-                                  f"{tensor.quantization.name}, which cannot be dequantized", tensor=tensor.name,
-                                  actual=tensor.quantization.name) from None
+            raise CheckpointError(
+                "TENSOR_DTYPE_NOT_SERVED",
+                f"{self.path}: {tensor.name} has the type {tensor.quantization.name}, which cannot be dequantized",
+                tensor=tensor.name,
+                actual=tensor.quantization.name,
+            ) from None
         return np.ascontiguousarray(values, dtype=np.float32).reshape(tensor.shape)
 
 
@@ -86,8 +89,12 @@ class _Cursor:
         self.offset = 4
         version = self.scalar("I")
         if version not in (2, 3):
-            raise CheckpointError("GGUF_VERSION_NOT_SERVED", f"{self.path} is GGUF version {version}; versions 2 and 3, "
-                                  "little endian, are served", path=self.path, version=version)
+            raise CheckpointError(
+                "GGUF_VERSION_NOT_SERVED",
+                f"{self.path} is GGUF version {version}; versions 2 and 3, little endian, are served",
+                path=self.path,
+                version=version,
+            )
         num_tensors, num_keys = self.scalar("Q"), self.scalar("Q")
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
@@ -107,8 +114,9 @@ class _Cursor:
                 raise _corrupt(self.path, f"the tensor {name!r} is there twice")
             if not shape or shape[-1] % block_size:
                 raise _corrupt(self.path, f"{name} {list(shape)} is not whole blocks of {kind.name}")
-            tensors[name] = GgufTensor(name, shape, kind, data_start + offset,
-                                       math.prod(shape) // block_size * block_bytes)
+            tensors[name] = GgufTensor(
+                name, shape, kind, data_start + offset, math.prod(shape) // block_size * block_bytes
+            )
             if tensors[name].begin + tensors[name].num_bytes > len(self.data):
                 raise _truncated(self.path, f"{name} ends at byte {tensors[name].begin + tensors[name].num_bytes}")
         return GgufFile(self.path, metadata, tensors)
@@ -134,7 +142,7 @@ class _Cursor:
         end = self.offset + length
         if end > len(self.data):
             raise _truncated(self.path, f"a string ends at byte {end}")
-        text = self.data[self.offset:end].decode("utf-8", "surrogateescape")
+        text = self.data[self.offset : end].decode("utf-8", "surrogateescape")
         self.offset = end
         return text
 
@@ -154,7 +162,7 @@ class _Cursor:
         end = self.offset + count * struct.calcsize(code)
         if end > len(self.data):
             raise _truncated(self.path, f"an array ends at byte {end}")
-        values = [value for (value,) in struct.iter_unpack(code, self.data[self.offset:end])]
+        values = [value for (value,) in struct.iter_unpack(code, self.data[self.offset : end])]
         self.offset = end
         return values
 
@@ -165,5 +173,9 @@ def _corrupt(path: Path, fault: str) -> CheckpointError:
 
 def _truncated(path: Path, fault: str) -> CheckpointError:
     size = path.stat().st_size
-    return CheckpointError("GGUF_TRUNCATED", f"{path} is truncated: it has {size} bytes, {fault}; download it again",
-                           path=path, actual_bytes=size)
+    return CheckpointError(
+        "GGUF_TRUNCATED",
+        f"{path} is truncated: it has {size} bytes, {fault}; download it again",
+        path=path,
+        actual_bytes=size,
+    )

@@ -69,8 +69,12 @@ def config_of(file: GgufFile) -> ModelConfig:
     """
     architecture = file.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise CheckpointError("UNKNOWN_ARCHITECTURE", f"{file.path}: GGUF architecture {architecture!r} is not served; "
-                              f"expected {' or '.join(ARCHITECTURES)}", architecture=architecture, path=file.path)
+        raise CheckpointError(
+            "UNKNOWN_ARCHITECTURE",
+            f"{file.path}: GGUF architecture {architecture!r} is not served; expected {' or '.join(ARCHITECTURES)}",
+            architecture=architecture,
+            path=file.path,
+        )
     if file.metadata.get("split.count", 1) > 1:
         raise _not_served(file, "split.count", "the model is split into several files; merge them with gguf-split")
     prefix = f"{architecture}."
@@ -79,14 +83,20 @@ def config_of(file: GgufFile) -> ModelConfig:
         if key in _READ_KEYS:
             continue
         if key not in _NEUTRAL_VALUES:
-            raise CheckpointError("UNKNOWN_CONFIG_KEY", f"{file.path}: {prefix}{key} = {value!r:.80} is not known here and "
-                                  "could change what the model computes", key=prefix + key, path=file.path)
+            raise CheckpointError(
+                "UNKNOWN_CONFIG_KEY",
+                f"{file.path}: {prefix}{key} = {value!r:.80} is not known here and "
+                "could change what the model computes",
+                key=prefix + key,
+                path=file.path,
+            )
         if value not in _NEUTRAL_VALUES[key]:
             raise _not_served(file, prefix + key, f"{value!r:.80} is not served")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
-        raise CheckpointError("TENSOR_MISSING", f"{file.path}: token_embd.weight is missing", tensor="token_embd.weight",
-                              path=file.path)
+        raise CheckpointError(
+            "TENSOR_MISSING", f"{file.path}: token_embd.weight is missing", tensor="token_embd.weight", path=file.path
+        )
     hidden_size, num_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
@@ -121,8 +131,11 @@ def read_gguf_tokenizer(path: Path) -> GgufTokenizer:
     tokens = metadata.get("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
-        raise CheckpointError("TOKENIZER_MISSING", f"{path} must have tokenizer.ggml.tokens and tokenizer.ggml.token_type "
-                              "of the same length", path=path)
+        raise CheckpointError(
+            "TOKENIZER_MISSING",
+            f"{path} must have tokenizer.ggml.tokens and tokenizer.ggml.token_type of the same length",
+            path=path,
+        )
     return GgufTokenizer(
         model=str(metadata.get("tokenizer.ggml.model", "")),
         pre=str(metadata.get("tokenizer.ggml.pre", "")),
@@ -155,11 +168,19 @@ def verify_tensors(file: GgufFile, expected: Mapping[str, tuple[int, ...]]) -> N
     for name, shape in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
-            raise CheckpointError("TENSOR_MISSING", f"{file.path}: {name} is missing", tensor=name, shard=file.path.name)
+            raise CheckpointError(
+                "TENSOR_MISSING", f"{file.path}: {name} is missing", tensor=name, shard=file.path.name
+            )
         if tensor.shape != shape:
-            raise CheckpointError("TENSOR_SHAPE_WRONG", f"{file.path}: {tensor.name} ({name}) has shape "
-                                  f"{list(tensor.shape)}, the metadata ask for {list(shape)}", tensor=name,
-                                  shard=file.path.name, expected=list(shape), actual=list(tensor.shape))
+            raise CheckpointError(
+                "TENSOR_SHAPE_WRONG",
+                f"{file.path}: {tensor.name} ({name}) has shape "
+                f"{list(tensor.shape)}, the metadata ask for {list(shape)}",
+                tensor=name,
+                shard=file.path.name,
+                expected=list(shape),
+                actual=list(tensor.shape),
+            )
 
 
 def dequantize(file: GgufFile, config: ModelConfig, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -186,8 +207,12 @@ class _Keys(dict[str, Any]):
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)
         if value is None:
-            raise CheckpointError("CONFIG_KEY_MISSING", f"{self.file.path}: missing key {self.prefix}{key}",
-                                  keys=self.prefix + key, path=self.file.path)
+            raise CheckpointError(
+                "CONFIG_KEY_MISSING",
+                f"{self.file.path}: missing key {self.prefix}{key}",
+                keys=self.prefix + key,
+                path=self.file.path,
+            )
         if not isinstance(value, int) or isinstance(value, bool):  # a list where it differs from layer to layer
             raise _not_served(self.file, self.prefix + key, f"must be one integer, got {value!r:.80}")
         return value

@@ -31,8 +31,13 @@ class HubModel:
 
     def download(self, file_name: str) -> Path:
         """Local path of one file, downloaded unless the cache has it. Raises as `fetch_metadata` does."""
-        return Path(_typed(self.repo_id, self.commit, lambda: huggingface_hub.hf_hub_download(
-            self.repo_id, file_name, revision=self.commit)))
+        return Path(
+            _typed(
+                self.repo_id,
+                self.commit,
+                lambda: huggingface_hub.hf_hub_download(self.repo_id, file_name, revision=self.commit),
+            )
+        )
 
 
 def fetch_metadata(repo_id: str, revision: str | None) -> HubModel:
@@ -43,8 +48,13 @@ def fetch_metadata(repo_id: str, revision: str | None) -> HubModel:
     Raises NotFoundError (model or revision), UnauthenticatedError (gated or private), UnavailableError (no connection,
     and not in the local cache), CheckpointError (the model lacks a file).
     """
-    folder = Path(_typed(repo_id, revision, lambda: huggingface_hub.snapshot_download(
-        repo_id, revision=revision, allow_patterns=list(METADATA_FILES))))
+    folder = Path(
+        _typed(
+            repo_id,
+            revision,
+            lambda: huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(METADATA_FILES)),
+        )
+    )
     return HubModel(repo_id, folder.name, folder)  # the cache names a snapshot's folder after its commit
 
 
@@ -56,18 +66,30 @@ def _typed(repo_id: str, revision: str | None, call: Callable[[], _T]) -> _T:
     # From the most special to the most general: GatedRepoError is a RepositoryNotFoundError.
     except hub_errors.GatedRepoError:
         error: StagelineError = UnauthenticatedError(
-            "HUB_MODEL_GATED", f"{wanted} is gated: accept its terms on huggingface.co and set HF_TOKEN", model=repo_id)
+            "HUB_MODEL_GATED", f"{wanted} is gated: accept its terms on huggingface.co and set HF_TOKEN", model=repo_id
+        )
     except hub_errors.RevisionNotFoundError:
-        error = NotFoundError("HUB_REVISION_NOT_FOUND", f"{wanted} does not exist; leave the revision out for the latest",
-                              model=repo_id, revision=revision)
+        error = NotFoundError(
+            "HUB_REVISION_NOT_FOUND",
+            f"{wanted} does not exist; leave the revision out for the latest",
+            model=repo_id,
+            revision=revision,
+        )
     except hub_errors.RepositoryNotFoundError:
-        error = NotFoundError("HUB_MODEL_NOT_FOUND", f"{wanted} does not exist, or is private and HF_TOKEN is not set; "
-                              f"there is no local folder {repo_id!r} either", model=repo_id)
+        error = NotFoundError(
+            "HUB_MODEL_NOT_FOUND",
+            f"{wanted} does not exist, or is private and HF_TOKEN is not set; "
+            f"there is no local folder {repo_id!r} either",
+            model=repo_id,
+        )
     except hub_errors.LocalEntryNotFoundError as cause:
         error = _unreachable(wanted, repo_id, cause)
     except hub_errors.EntryNotFoundError as cause:
-        error = CheckpointError("HUB_FILE_MISSING", f"{wanted} lacks a file that is needed (weights are read from "
-                                f"safetensors only): {cause}", model=repo_id)
+        error = CheckpointError(
+            "HUB_FILE_MISSING",
+            f"{wanted} lacks a file that is needed (weights are read from safetensors only): {cause}",
+            model=repo_id,
+        )
     except hub_errors.HFValidationError as cause:
         error = NotFoundError("HUB_MODEL_NOT_FOUND", f"{repo_id!r} is no hub id: {cause}", model=repo_id)
     # Connection errors and time-outs are those of the client's HTTP library, which differs between its versions.
@@ -78,6 +100,8 @@ def _typed(repo_id: str, revision: str | None, call: Callable[[], _T]) -> _T:
 
 def _unreachable(wanted: str, repo_id: str, cause: Exception) -> UnavailableError:
     return UnavailableError(
-        "HUB_UNREACHABLE", f"{wanted} cannot be downloaded and is not in the local cache ({type(cause).__name__}: "
+        "HUB_UNREACHABLE",
+        f"{wanted} cannot be downloaded and is not in the local cache ({type(cause).__name__}: "
         f"{str(cause).strip():.300}); check the connection, or give a local folder (there is no local folder {repo_id!r})",
-        model=repo_id)
+        model=repo_id,
+    )

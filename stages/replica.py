@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from stageline.errors import ConfigError, InternalError
 from stages.checkpoint import open_checkpoint
 from stages.executor import StageExecutor
 from stages.partition import LayerRange
 from stages.runner import StageRunner
 from stages.server.server import StageServer
 from stages.weights import load_weights
-from stageline.errors import ConfigError, InternalError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_CPU_KV_BYTES = 1 << 30
@@ -97,7 +97,9 @@ class StageReplica:
                 field="stages.layers",
             )  # fmt: skip
         if spec.dtype not in DTYPES:
-            raise ConfigError("CONFIG_INVALID", f"dtype must be one of {', '.join(DTYPES)}, got {spec.dtype!r}", field="model.dtype")
+            raise ConfigError(
+                "CONFIG_INVALID", f"dtype must be one of {', '.join(DTYPES)}, got {spec.dtype!r}", field="model.dtype"
+            )
         checkpoint.verify_index(layers)
         runner = StageRunner(
             config,
@@ -107,7 +109,7 @@ class StageReplica:
             batch_invariant=spec.batch_invariant,
             block_size_tokens=spec.block_size_tokens,
         )
-        with tqdm(desc=f"layers {layers}", unit="tensor", file=sys.stderr, mininterval=1.0) as bar:
+        with tqdm(desc=f"layers {layers}", unit="B", unit_scale=True, file=sys.stderr, mininterval=1.0) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total
@@ -116,7 +118,9 @@ class StageReplica:
             load_weights(checkpoint, layers, runner.model.load_tensor, dtype=DTYPES[spec.dtype], progress=progress)
         missing = runner.model.missing()
         if missing:
-            raise InternalError("WEIGHTS_MISSING", f"layers {layers}: tensors were not loaded: {', '.join(sorted(missing))}")
+            raise InternalError(
+                "WEIGHTS_MISSING", f"layers {layers}: tensors were not loaded: {', '.join(sorted(missing))}"
+            )
         return StageExecutor(runner), checkpoint.fingerprint, self._kv_blocks(runner)
 
     def _kv_blocks(self, runner: StageRunner) -> int:
@@ -142,7 +146,9 @@ class StageReplica:
     def check_health(self) -> None:
         """Raises InternalError where the stage cannot compute any more."""
         if self._server is None or self._server.failure is not None:
-            raise InternalError("STAGE_UNHEALTHY", f"the stage stopped computing: {self._server and self._server.failure!r}")
+            raise InternalError(
+                "STAGE_UNHEALTHY", f"the stage stopped computing: {self._server and self._server.failure!r}"
+            )
 
     async def drain(self) -> None:
         """Take no new claim and tell the owner."""

@@ -36,8 +36,13 @@ class StageRunner:
         self.attention_report = attention.name
         if attention.name == "varlen":
             check = self_check(
-                attention, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
-                block_size_tokens=block_size_tokens, dtype=dtype, device=device,
+                attention,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                block_size_tokens=block_size_tokens,
+                dtype=dtype,
+                device=device,
             )
             self.attention_report = check.detail
             if not check.passed:
@@ -58,8 +63,12 @@ class StageRunner:
         if self._kv is None or self._kv.num_blocks != num_blocks:
             self._kv = None  # free the old one first
             self._kv = KVCache(
-                self.config, self.layers, num_blocks=num_blocks, block_size_tokens=self.block_size_tokens,
-                dtype=self.dtype, device=self.device,
+                self.config,
+                self.layers,
+                num_blocks=num_blocks,
+                block_size_tokens=self.block_size_tokens,
+                dtype=self.dtype,
+                device=self.device,
             )
 
     @property

@@ -60,11 +60,16 @@ def read_header(path: Path) -> SafetensorsHeader:
                 raise _corrupt(path, f"its header claims {header_bytes} bytes, the format allows {_MAX_HEADER_BYTES}")
             header_json = file.read(header_bytes)
     except FileNotFoundError:
-        raise CheckpointError("SHARD_MISSING", f"shard {path.name} is missing: {path} does not exist; download it again",
-                              shard=path.name, path=path) from None
+        raise CheckpointError(
+            "SHARD_MISSING",
+            f"shard {path.name} is missing: {path} does not exist; download it again",
+            shard=path.name,
+            path=path,
+        ) from None
     except OSError as error:
-        raise CheckpointError("SHARD_UNREADABLE", f"shard {path} cannot be read: {error.strerror}",
-                              shard=path.name, path=path) from None
+        raise CheckpointError(
+            "SHARD_UNREADABLE", f"shard {path} cannot be read: {error.strerror}", shard=path.name, path=path
+        ) from None
     try:
         entries = json.loads(header_json)
     except ValueError as error:
@@ -93,18 +98,27 @@ def _parse(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
             if bits is None:
                 raise _corrupt(path, f"{name} has the unknown dtype {dtype!r}", tensor=name, dtype=dtype)
             if (end - begin) * 8 != math.prod(shape) * bits:
-                raise _corrupt(path, f"{name} {dtype}{shape} has {end - begin} bytes, expected "
-                               f"{math.prod(shape) * bits // 8}", tensor=name)
+                raise _corrupt(
+                    path,
+                    f"{name} {dtype}{shape} has {end - begin} bytes, expected {math.prod(shape) * bits // 8}",
+                    tensor=name,
+                )
             return TensorInfo(dtype, tuple(shape), data_start + begin, data_start + end)
     raise _corrupt(path, f"the entry of {name} is not dtype, shape and data_offsets: {entry!r:.200}", tensor=name)
 
 
 def _corrupt(path: Path, fault: str, **metadata: object) -> CheckpointError:
-    return CheckpointError("SHARD_CORRUPT", f"shard {path} is corrupt: {fault}; download it again",
-                           shard=path.name, path=path, **metadata)
+    return CheckpointError(
+        "SHARD_CORRUPT", f"shard {path} is corrupt: {fault}; download it again", shard=path.name, path=path, **metadata
+    )
 
 
 def _truncated(path: Path, actual: int, expected: str) -> CheckpointError:
-    return CheckpointError("SHARD_TRUNCATED", f"shard {path} has {actual} bytes, expected {expected}: it is truncated or "
-                           "damaged; download it again", shard=path.name, path=path, actual_bytes=actual,
-                           expected_bytes=expected)
+    return CheckpointError(
+        "SHARD_TRUNCATED",
+        f"shard {path} has {actual} bytes, expected {expected}: it is truncated or damaged; download it again",
+        shard=path.name,
+        path=path,
+        actual_bytes=actual,
+        expected_bytes=expected,
+    )

@@ -25,7 +25,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError("METADATA_UNREADABLE", f"{path} cannot be read as JSON: {error}", path=path) from None
     if not isinstance(data, dict):
-        raise CheckpointError("METADATA_UNREADABLE", f"{path} must hold a JSON object, got {type(data).__name__}", path=path)
+        raise CheckpointError(
+            "METADATA_UNREADABLE", f"{path} must hold a JSON object, got {type(data).__name__}", path=path
+        )
     return data
 
 
@@ -40,8 +42,14 @@ def read_weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError("METADATA_UNREADABLE", f"{path} has no weight_map (tensor name → shard)", path=path)
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError("METADATA_UNREADABLE", f"{path}: weight_map sends {tensor} to {shard!r}, expected the "
-                                  "name of a .safetensors file in the same folder", path=path, tensor=tensor, shard=shard)
+            raise CheckpointError(
+                "METADATA_UNREADABLE",
+                f"{path}: weight_map sends {tensor} to {shard!r}, expected the "
+                "name of a .safetensors file in the same folder",
+                path=path,
+                tensor=tensor,
+                shard=shard,
+            )
     return weight_map
 
 
@@ -53,9 +61,14 @@ def check_names(weight_map: Mapping[str, str], config: ModelConfig, source: str)
     wanted = tensor_shapes(config, LayerRange(0, config.num_layers))
     if missing := sorted(wanted.keys() - weight_map.keys()):
         more = f" and {len(missing) - 1} more tensors are" if len(missing) > 1 else " is"
-        raise CheckpointError("TENSOR_MISSING", f"{source}: {missing[0]}{more} missing; the model of config.json "
-                              f"({config.num_layers} layers) needs {len(wanted)} tensors",
-                              tensor=missing[0], shard=source, missing=len(missing))
+        raise CheckpointError(
+            "TENSOR_MISSING",
+            f"{source}: {missing[0]}{more} missing; the model of config.json "
+            f"({config.num_layers} layers) needs {len(wanted)} tensors",
+            tensor=missing[0],
+            shard=source,
+            missing=len(missing),
+        )
     for name in sorted(weight_map.keys() - wanted.keys()):
         if not _is_harmless(name, config):
             raise _unexpected(name, weight_map[name], config)
@@ -79,13 +92,23 @@ def verify_shards(
         if info is None:
             raise _absent(tensor, shard, headers, others)
         if info.shape != shape:
-            raise CheckpointError("TENSOR_SHAPE_WRONG", f"{tensor} in {shard} has shape {list(info.shape)}, config.json "
-                                  f"asks for {list(shape)}", tensor=tensor, shard=shard, expected=list(shape),
-                                  actual=list(info.shape))
+            raise CheckpointError(
+                "TENSOR_SHAPE_WRONG",
+                f"{tensor} in {shard} has shape {list(info.shape)}, config.json asks for {list(shape)}",
+                tensor=tensor,
+                shard=shard,
+                expected=list(shape),
+                actual=list(info.shape),
+            )
         if info.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError("TENSOR_DTYPE_NOT_SERVED", f"{tensor} in {shard} is {info.dtype}, expected one of "
-                                  f"{', '.join(sorted(WEIGHT_DTYPES))}; quantized checkpoints are not served",
-                                  tensor=tensor, shard=shard, actual=info.dtype)
+            raise CheckpointError(
+                "TENSOR_DTYPE_NOT_SERVED",
+                f"{tensor} in {shard} is {info.dtype}, expected one of "
+                f"{', '.join(sorted(WEIGHT_DTYPES))}; quantized checkpoints are not served",
+                tensor=tensor,
+                shard=shard,
+                actual=info.dtype,
+            )
     for shard, header in headers.items():
         for tensor in header.tensors:
             if weight_map.get(tensor) == shard or _is_harmless(tensor, config):
@@ -109,17 +132,32 @@ def _absent(
     for path in others:
         if path.name not in headers and tensor in read_header(path).tensors:
             return _mislabelled(tensor, shard, path.name)
-    return CheckpointError("TENSOR_MISSING", f"{tensor} is missing: the index says it is in {shard}, whose header does not "
-                           "list it; download that shard and the index again", tensor=tensor, shard=shard)
+    return CheckpointError(
+        "TENSOR_MISSING",
+        f"{tensor} is missing: the index says it is in {shard}, whose header does not "
+        "list it; download that shard and the index again",
+        tensor=tensor,
+        shard=shard,
+    )
 
 
 def _mislabelled(tensor: str, claimed: str, found: str) -> CheckpointError:
-    return CheckpointError("TENSOR_MISLABELLED", f"{tensor} is in {found}, but the index says it is in {claimed}; the "
-                           "index and the shards do not belong together, download them again", tensor=tensor,
-                           shard=found, expected=claimed)
+    return CheckpointError(
+        "TENSOR_MISLABELLED",
+        f"{tensor} is in {found}, but the index says it is in {claimed}; the "
+        "index and the shards do not belong together, download them again",
+        tensor=tensor,
+        shard=found,
+        expected=claimed,
+    )
 
 
 def _unexpected(tensor: str, shard: str, config: ModelConfig) -> CheckpointError:
-    return CheckpointError("TENSOR_UNEXPECTED", f"{tensor} in {shard} is not part of a {config.architecture} model with "
-                           f"{config.num_layers} layers; it would be left out, so config.json does not describe these "
-                           "weights", tensor=tensor, shard=shard)
+    return CheckpointError(
+        "TENSOR_UNEXPECTED",
+        f"{tensor} in {shard} is not part of a {config.architecture} model with "
+        f"{config.num_layers} layers; it would be left out, so config.json does not describe these "
+        "weights",
+        tensor=tensor,
+        shard=shard,
+    )

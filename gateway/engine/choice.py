@@ -24,7 +24,13 @@ class ChoiceState:
     """Turns tokens into deltas and says when the choice has ended."""
 
     def __init__(
-        self, request: GenerateRequest, index: int, sequence_id: int, tokenizer: Tokenizer, context_tokens: int, deltas: Deltas
+        self,
+        request: GenerateRequest,
+        index: int,
+        sequence_id: int,
+        tokenizer: Tokenizer,
+        context_tokens: int,
+        deltas: Deltas,
     ) -> None:
         self.params: SamplingParams = request.sampling
         self.index, self.deltas = index, deltas

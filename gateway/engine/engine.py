@@ -108,7 +108,12 @@ class Engine:
         lane = await self._place(request)
         choices = [
             ChoiceState(
-                request, request.first_choice + i, next(self._sequence_ids), self._tokenizer, self.model.max_context_tokens, deltas
+                request,
+                request.first_choice + i,
+                next(self._sequence_ids),
+                self._tokenizer,
+                self.model.max_context_tokens,
+                deltas,
             )
             for i in range(request.num_choices)
         ]
@@ -206,7 +211,9 @@ class Engine:
             request_id="canary", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0, max_tokens=1)
         )
         deltas: Deltas = asyncio.Queue()
-        choice = ChoiceState(request, 0, next(self._sequence_ids), self._tokenizer, self.model.max_context_tokens, deltas)
+        choice = ChoiceState(
+            request, 0, next(self._sequence_ids), self._tokenizer, self.model.max_context_tokens, deltas
+        )
         lane.add(choice)
         answer = asyncio.ensure_future(deltas.get())
         broken = asyncio.ensure_future(pipeline.broken.wait())
@@ -258,5 +265,5 @@ async def _within(work: Awaitable[T], deadline_s: float | None) -> T:
     timeout = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
     try:
         return await asyncio.wait_for(work, timeout)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise DeadlineExceededError("DEADLINE_EXCEEDED", "the request's deadline passed before it ended") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
@@ -135,7 +134,9 @@ class Lane:
         if result.HasField("error"):
             cause = result.error
             error = InternalError(
-                cause.reason, f"the stage with layers {cause.stage} could not execute the step: {cause.message}", stage=cause.stage
+                cause.reason,
+                f"the stage with layers {cause.stage} could not execute the step: {cause.message}",
+                stage=cause.stage,
             )
             for sequence in self.scheduler.fail(result.step_id):
                 self._choices.pop(sequence.sequence_id).fail(error)
@@ -152,7 +153,10 @@ class Lane:
                 continue
             try:
                 chosen[row.sequence.sequence_id] = choose(
-                    results[row.sequence.sequence_id], choice.params, choice_index=choice.index, position=row.output_position
+                    results[row.sequence.sequence_id],
+                    choice.params,
+                    choice_index=choice.index,
+                    position=row.output_position,
                 )
             except StagelineError as error:
                 choice.fail(error)

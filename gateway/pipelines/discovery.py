@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import grpc
 
-from stages.server.link import OPTIONS
 from stageline.errors import UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
+from stages.server.link import OPTIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import grpc
 
 from gateway.pipelines.form import Chain
-from stages.server.frames import StepFrame, encode
-from stages.server.link import FORWARD, OPTIONS, RESULTS, epoch_metadata
 from stageline.errors import StagelineError, UnavailableError
 from stageline.grpc_errors import from_rpc_error
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
+from stages.server.frames import StepFrame, encode
+from stages.server.link import FORWARD, OPTIONS, RESULTS, epoch_metadata
 
 RPC_TIMEOUT_S = 30.0
 

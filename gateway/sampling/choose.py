@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.types import SamplingParams, TokenLogprobs
-from stages.rng import STREAM_CHOICE, uniform
 from stageline.errors import InternalError
 from stageline.stage.v1 import stage_service_pb2 as pb
+from stages.rng import STREAM_CHOICE, uniform
 
 
 @dataclass(frozen=True, slots=True)

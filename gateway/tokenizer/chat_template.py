@@ -29,7 +29,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise CheckpointError("CHAT_TEMPLATE_INVALID", f"the model's chat template does not compile: {error}") from None
+            raise CheckpointError(
+                "CHAT_TEMPLATE_INVALID", f"the model's chat template does not compile: {error}"
+            ) from None
 
     def render(
         self,
@@ -49,7 +51,9 @@ class ChatTemplate:
                 )  # fmt: skip
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages], tools=tools, add_generation_prompt=add_generation_prompt
+                messages=[dict(message) for message in messages],
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
             )
         except (jinja2.TemplateError, SecurityError, TypeError, OverflowError) as error:
             raise InvalidArgumentError(

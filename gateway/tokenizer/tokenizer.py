@@ -10,8 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from stages.gguf_file import read_gguf_tokenizer
 from stageline.errors import CheckpointError, InvalidArgumentError
+from stages.gguf_file import read_gguf_tokenizer
 
 # Qwen2's own pattern (its tokenization_qwen2.py).
 QWEN2_PATTERN = (
@@ -44,14 +44,12 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD. Raises InvalidArgumentError for an id out of range."""
-        data = b"".join(
-            self.token_bytes(i) for i in token_ids if not (skip_special_tokens and i in self.special_ids)
-        )
+        data = b"".join(self.token_bytes(i) for i in token_ids if not (skip_special_tokens and i in self.special_ids))
         return data.decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; none for ids the model has but the tokenizer does not use."""
-        if not 0 <= token_id:
+        if not token_id >= 0:
             raise InvalidArgumentError("TOKEN_ID_OUT_OF_RANGE", f"token id {token_id} is negative", field="token_ids")
         added = self._added.get(token_id)
         if added is not None:
@@ -79,7 +77,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     merges = path / "merges.txt"
     if vocab is None or not merges.is_file():
         raise CheckpointError(
-            "TOKENIZER_MISSING", f"{path} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt", path=path
+            "TOKENIZER_MISSING",
+            f"{path} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt",
+            path=path,
         )
     lines = merges.read_text(encoding="utf-8").split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]

@@ -25,9 +25,7 @@ class InvariantAttention:
             v_LKH = gather(values_BSKH, context.block_tables_RM[row], length).float()
             for position in range(length - num_queries, length):
                 first = 0 if window is None else max(0, position + 1 - window)
-                out_TNH[token] = self._one(
-                    q_TNH[token], k_LKH[first : position + 1], v_LKH[first : position + 1]
-                )
+                out_TNH[token] = self._one(q_TNH[token], k_LKH[first : position + 1], v_LKH[first : position + 1])
                 token += 1
         return out_TNH
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from stages.attention.base import AttentionContext
 from stageline.errors import ConfigError
+from stages.attention.base import AttentionContext
 
 PAGE_MULTIPLE_TOKENS = 256
 
@@ -24,9 +24,13 @@ class VarlenAttention:
     def __init__(self, *, block_size_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raises ConfigError for what the kernel would compute wrongly instead of refusing."""
         if device.type != "cuda":
-            raise ConfigError("ATTENTION_DEVICE", f"varlen attention needs a CUDA device, got {device}", field="stages.device")
+            raise ConfigError(
+                "ATTENTION_DEVICE", f"varlen attention needs a CUDA device, got {device}", field="stages.device"
+            )
         if dtype not in (torch.bfloat16, torch.float16):
-            raise ConfigError("ATTENTION_DTYPE", f"varlen attention needs bfloat16 or float16, got {dtype}", field="model.dtype")
+            raise ConfigError(
+                "ATTENTION_DTYPE", f"varlen attention needs bfloat16 or float16, got {dtype}", field="model.dtype"
+            )
         if block_size_tokens % PAGE_MULTIPLE_TOKENS:
             raise ConfigError(
                 "ATTENTION_PAGE_SIZE",

@@ -34,7 +34,9 @@ class PenaltyHistory:
             return
         if sequence_id not in self._length:
             raise FailedPreconditionError(
-                "SEQUENCE_NOT_REGISTERED", f"sequence {sequence_id} has penalties but no history", sequence_id=sequence_id
+                "SEQUENCE_NOT_REGISTERED",
+                f"sequence {sequence_id} has penalties but no history",
+                sequence_id=sequence_id,
             )
         first = context_len - len(token_ids)
         fresh = token_ids[max(0, self._length[sequence_id] - first) :]

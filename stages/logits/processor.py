@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.logits.history import PenaltyHistory
 from stages.rng import STREAM_TAIL, uniform
-from stageline.stage.v1 import stage_service_pb2 as pb
 
 BASE_CANDIDATES = 64
 MAX_CANDIDATES = 4096
@@ -147,9 +147,7 @@ class LogitsProcessor:
 
 def has_penalties(sampling: pb.Sampling) -> bool:
     """Whether the row needs its sequence's history. An unset repetition penalty (0) is off."""
-    return bool(
-        sampling.repetition_penalty not in (0, 1) or sampling.frequency_penalty or sampling.presence_penalty
-    )
+    return bool(sampling.repetition_penalty not in (0, 1) or sampling.frequency_penalty or sampling.presence_penalty)
 
 
 def num_kept(sorted_V: Tensor, sampling: pb.Sampling) -> int:

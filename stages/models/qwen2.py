@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stageline.errors import CheckpointError
 from stages.attention.base import AttentionBackend, AttentionContext
 from stages.config import ModelConfig
 from stages.kv_cache import KVCache
 from stages.layers.ops import Linear, RMSNorm, RotaryEmbedding, in_chunks, rotate
 from stages.partition import EMBEDDING, FINAL_NORM, LM_HEAD, LayerRange, tensor_shapes
-from stageline.errors import CheckpointError
 
 
 class DecoderLayer(nn.Module):
@@ -73,7 +73,9 @@ class Qwen2Stage(nn.Module):
         if self.is_last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **make)
             shared = self.embedding if config.tie_word_embeddings else None
-            self.lm_head = shared if shared is not None else nn.Parameter(torch.empty(vocabulary, **make), requires_grad=False)
+            self.lm_head = (
+                shared if shared is not None else nn.Parameter(torch.empty(vocabulary, **make), requires_grad=False)
+            )
         self._expected = tensor_shapes(config, layers)
         self._missing = set(self._expected)
 
@@ -84,7 +86,10 @@ class Qwen2Stage(nn.Module):
         for index, layer in enumerate(self.layers, start=self.layer_range.start_layer):
             assert isinstance(layer, DecoderLayer)
             qkv = self._by_row(layer.project, hidden_TD)
-            q, k, v = (x.unflatten(-1, (-1, layer.head_dim)) for x in qkv.split([layer.q_size, layer.kv_size, layer.kv_size], -1))
+            q, k, v = (
+                x.unflatten(-1, (-1, layer.head_dim))
+                for x in qkv.split([layer.q_size, layer.kv_size, layer.kv_size], -1)
+            )
             q_TNH, k_TKH = rotate(q, cos_T1H, sin_T1H), rotate(k, cos_T1H, sin_T1H)
             kv.write(index, context.slots_T, k_TKH, v)
             attended_TNH = self.attention.forward(q_TNH, *kv.layer(index), context, self.config.sliding_windows[index])
@@ -92,7 +97,9 @@ class Qwen2Stage(nn.Module):
             if self.batch_invariant:
                 width = hidden_TD.shape[1]
                 both = torch.cat((hidden_TD, attended_TD), dim=1)
-                hidden_TD = in_chunks(lambda x, f=layer.finish, w=width: f(x[:, :w].contiguous(), x[:, w:].contiguous()), both)
+                hidden_TD = in_chunks(
+                    lambda x, f=layer.finish, w=width: f(x[:, :w].contiguous(), x[:, w:].contiguous()), both
+                )
             else:
                 hidden_TD = layer.finish(hidden_TD, attended_TD)
         return hidden_TD

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import grpc
 
-from stages.server.frames import MAX_FRAME_BYTES, StepFrame, encode
 from stageline.errors import UnavailableError
+from stages.server.frames import MAX_FRAME_BYTES, StepFrame, encode
 
 DATA_SERVICE = "stageline.stage.v1.StageDataService"
 FORWARD, RESULTS = f"/{DATA_SERVICE}/Forward", f"/{DATA_SERVICE}/Results"
@@ -46,10 +46,12 @@ class Link:
         """Raises UnavailableError where nobody answers in time."""
         try:
             await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             await self._channel.close()
             raise UnavailableError(
-                "NEXT_STAGE_UNREACHABLE", f"no stage answers at {self.address} within {timeout_s} s", address=self.address
+                "NEXT_STAGE_UNREACHABLE",
+                f"no stage answers at {self.address} within {timeout_s} s",
+                address=self.address,
             ) from None
         method = self._channel.stream_unary(FORWARD, request_serializer=None, response_deserializer=None)
         self._call = method(metadata=epoch_metadata(self._epoch, self._incarnation))

@@ -18,14 +18,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from stages.executor import StageExecutor
-from stages.server.claims import Claims, State
-from stages.server.frames import Assembler, StepFrame
-from stages.server.link import DATA_SERVICE, OPTIONS, Link
 from stageline.errors import ConfigError, FailedPreconditionError, InvalidArgumentError, StagelineError
 from stageline.grpc_errors import to_status
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
+from stages.executor import StageExecutor
+from stages.server.claims import Claims, State
+from stages.server.frames import Assembler, StepFrame
+from stages.server.link import DATA_SERVICE, OPTIONS, Link
 
 _STATES = {
     State.SPARE: pb.STAGE_STATE_SPARE,
@@ -77,7 +77,9 @@ class StageServer(pb_grpc.StageServiceServicer):
             port = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
             raise ConfigError(
-                "PORT_IN_USE", f"cannot listen on {host}:{port}; stop what listens there or choose another port", port=port
+                "PORT_IN_USE",
+                f"cannot listen on {host}:{port}; stop what listens there or choose another port",
+                port=port,
             ) from None
         await self._server.start()
         await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -149,7 +151,9 @@ class StageServer(pb_grpc.StageServiceServicer):
             last = self._executor.runner.model.is_last
             if last == request.HasField("next"):
                 raise InvalidArgumentError(
-                    "NEXT_STAGE_MISMATCH", "the last stage takes no next stage and every other stage needs one", field="next"
+                    "NEXT_STAGE_MISMATCH",
+                    "the last stage takes no next stage and every other stage needs one",
+                    field="next",
                 )
             if not 0 < request.num_blocks <= self._capacity:
                 raise InvalidArgumentError(

@@ -68,12 +68,20 @@ def load_weights(
             progress(done_bytes, total_bytes)
     assert loaded == shapes.keys(), f"not loaded: {sorted(shapes.keys() - loaded)}"
     report = LoadReport(len(loaded), done_bytes, checkpoint.shards_for(layers), time.monotonic() - started_s)
-    _LOG.info("layers %s: %d tensors, %d bytes from %s in %.1f s", layers, report.num_tensors, report.num_bytes,
-              ", ".join(report.files), report.seconds)
+    _LOG.info(
+        "layers %s: %d tensors, %d bytes from %s in %.1f s",
+        layers,
+        report.num_tensors,
+        report.num_bytes,
+        ", ".join(report.files),
+        report.seconds,
+    )
     return report
 
 
-def _from_safetensors(checkpoint: Checkpoint, layers: LayerRange, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _from_safetensors(
+    checkpoint: Checkpoint, layers: LayerRange, wanted: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, mapped tensor), shard after shard, each in the order of its data, so that the disk reads forward."""
     if checkpoint.config.tie_word_embeddings and layers.is_last(checkpoint.config):
         _check_tied_head(checkpoint, layers)
@@ -85,8 +93,9 @@ def _from_safetensors(checkpoint: Checkpoint, layers: LayerRange, wanted: set[st
                     if name in wanted:
                         yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError("SHARD_UNREADABLE", f"shard {path} cannot be read: {error}", shard=shard,
-                                  path=path) from None
+            raise CheckpointError(
+                "SHARD_UNREADABLE", f"shard {path} cannot be read: {error}", shard=shard, path=path
+            ) from None
 
 
 def _from_gguf(checkpoint: Checkpoint, layers: LayerRange, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -109,6 +118,10 @@ def _check_tied_head(checkpoint: Checkpoint, layers: LayerRange) -> None:
     with safe_open(holders[EMBEDDING], "pt") as embedding, safe_open(holders[LM_HEAD], "pt") as head:
         if torch.equal(embedding.get_tensor(EMBEDDING), head.get_tensor(LM_HEAD)):
             return
-    raise CheckpointError("TIED_HEAD_DIFFERS", f"{LM_HEAD} in {holders[LM_HEAD].name} differs from {EMBEDDING}, but "
-                          "config.json says tie_word_embeddings; set it to false to serve both", tensor=LM_HEAD,
-                          shard=holders[LM_HEAD].name)
+    raise CheckpointError(
+        "TIED_HEAD_DIFFERS",
+        f"{LM_HEAD} in {holders[LM_HEAD].name} differs from {EMBEDDING}, but "
+        "config.json says tie_word_embeddings; set it to false to serve both",
+        tensor=LM_HEAD,
+        shard=holders[LM_HEAD].name,
+    )

@@ -176,8 +176,19 @@ def test_a_corrupt_header(tmp_path, header, match) -> None:
     assert (error.value.reason, error.value.metadata["shard"]) == ("SHARD_CORRUPT", "model.safetensors")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}',
-                                  '{"weight_map": {"a": "../secret.safetensors"}}', '{"weight_map": {"a": "b.bin"}}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "../secret.safetensors"}}',
+        '{"weight_map": {"a": "b.bin"}}',
+        "\udcff",
+    ],
+)
 def test_a_bad_index(folder, text) -> None:
     (folder / "model.safetensors.index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     error = fault(folder)
@@ -236,4 +247,7 @@ def test_fingerprint_of_one_file_sees_other_weights(tmp_path) -> None:
 
 def test_the_gateway_can_import_this_without_torch() -> None:
     code = "import sys, stages.checkpoint, stages.gguf_file; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=False).returncode
+        == 0
+    )

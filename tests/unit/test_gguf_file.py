@@ -64,8 +64,7 @@ def test_equal_to_transformers(tmp_path, architecture, quantization) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(reference_config)
     # What `from_pretrained(gguf_file=)` calls; itself it asks for accelerate too.
-    expected = load_gguf_checkpoint(
-        tmp_path / "model.gguf", return_tensors=True, model_to_load=model)["tensors"]
+    expected = load_gguf_checkpoint(tmp_path / "model.gguf", return_tensors=True, model_to_load=model)["tensors"]
     loaded = load(tmp_path / "model.gguf", whole(config), torch.float32)
     assert loaded.keys() == expected.keys() == model.state_dict().keys()
     for name, tensor in expected.items():
@@ -86,8 +85,16 @@ def test_tokenizer(tmp_path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, {}, extra=lambda writer: writer.add_add_bos_token(True))
     assert read_gguf_tokenizer(path) == GgufTokenizer(
-        model="gpt2", pre="qwen2", tokens=(*(f"t{i}" for i in range(47)), "Ġé"), token_types=(1,) * 46 + (3, 4),
-        merges=("a b", "Ġ c"), bos_token_id=45, eos_token_id=46, chat_template="{{ messages }}", add_bos_token=True)
+        model="gpt2",
+        pre="qwen2",
+        tokens=(*(f"t{i}" for i in range(47)), "Ġé"),
+        token_types=(1,) * 46 + (3, 4),
+        merges=("a b", "Ġ c"),
+        bos_token_id=45,
+        eos_token_id=46,
+        chat_template="{{ messages }}",
+        add_bos_token=True,
+    )
 
 
 def test_end_of_turn_is_an_end_token_too(tmp_path) -> None:
@@ -122,7 +129,9 @@ def test_another_architecture_and_a_missing_key(tmp_path) -> None:
 def test_more_layers_than_tensors(tmp_path) -> None:
     """A damaged count must not make us list four billion layers."""
     path = tmp_path / "model.gguf"
-    write_gguf(path, arrays(QWEN2), skip_keys=("block_count",), extra=lambda w: w.add_uint32("qwen2.block_count", 2**32 - 1))
+    write_gguf(
+        path, arrays(QWEN2), skip_keys=("block_count",), extra=lambda w: w.add_uint32("qwen2.block_count", 2**32 - 1)
+    )
     with pytest.raises(CheckpointError, match="4294967295 layers"):
         open_checkpoint(str(path))
 
@@ -193,5 +202,9 @@ def test_the_real_smollm2_equals_its_prepared_checkpoint(model_folder) -> None:
     assert all(torch.equal(tensor, prepared[name]) for name, tensor in loaded.items())
     tokenizer = read_gguf_tokenizer(Path(path))
     assert (tokenizer.pre, len(tokenizer.tokens), tokenizer.bos_token_id, tokenizer.add_bos_token) == (
-        "smollm", 49152, 1, False)
+        "smollm",
+        49152,
+        1,
+        False,
+    )
     assert tokenizer.chat_template is not None

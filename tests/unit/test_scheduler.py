@@ -17,7 +17,9 @@ def make_scheduler(**limits: int) -> Scheduler:
 
 def make_sequence(sequence_id: int, num_prompt: int = 3, max_tokens: int = 50, **fields: object) -> Sequence:
     prompt = tuple(range(100, 100 + num_prompt))
-    return Sequence(sequence_id=sequence_id, prompt_token_ids=prompt, max_total_tokens=num_prompt + max_tokens, **fields)
+    return Sequence(
+        sequence_id=sequence_id, prompt_token_ids=prompt, max_total_tokens=num_prompt + max_tokens, **fields
+    )
 
 
 def complete(scheduler: Scheduler, step: MicroBatch, token: int = 7) -> None:

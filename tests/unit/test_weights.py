@@ -42,8 +42,15 @@ def load(folder: Path, layers: LayerRange, dtype: torch.dtype = torch.bfloat16) 
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-@pytest.mark.parametrize(("stored", "dtype"), [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
-                                               (torch.float16, torch.bfloat16), (torch.float32, torch.float32)])
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float32),
+    ],
+)
 def test_every_stage_gets_its_tensors_cast_to_the_dtype(tmp_path, sharded, stored, dtype) -> None:
     tensors = random_tensors(CONFIG, stored)
     if sharded:
@@ -67,8 +74,13 @@ def test_progress_and_report_count_bytes_of_the_target_dtype(tmp_path) -> None:
     layers = LayerRange(3, 4)
     shapes = tensor_shapes(CONFIG, layers)
     calls: list[tuple[int, int]] = []
-    report = load_weights(open_checkpoint(str(tmp_path)), layers, lambda name, tensor: None, dtype=torch.float32,
-                          progress=lambda done, total: calls.append((done, total)))
+    report = load_weights(
+        open_checkpoint(str(tmp_path)),
+        layers,
+        lambda name, tensor: None,
+        dtype=torch.float32,
+        progress=lambda done, total: calls.append((done, total)),
+    )
     total = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
     assert calls[0] == (0, total)
     assert calls[-1] == (total, total)
@@ -116,7 +128,9 @@ def test_a_stage_is_checked_before_its_first_tensor_is_loaded(tmp_path) -> None:
     last.write_bytes(last.read_bytes()[:-1])
     names: list[str] = []
     with pytest.raises(CheckpointError) as error:
-        load_weights(open_checkpoint(str(tmp_path)), whole(CONFIG), lambda name, _: names.append(name), dtype=torch.float32)
+        load_weights(
+            open_checkpoint(str(tmp_path)), whole(CONFIG), lambda name, _: names.append(name), dtype=torch.float32
+        )
     assert (error.value.reason, error.value.metadata["shard"]) == ("SHARD_TRUNCATED", last.name)
     assert not names
 

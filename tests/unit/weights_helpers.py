@@ -68,7 +68,9 @@ def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_sharded(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], count: int) -> dict[str, str]:
+def write_sharded(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], count: int
+) -> dict[str, str]:
     """Write `count` shards of about equal size and their index; returns tensor name → shard."""
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     low, high = 1, sum(sizes.values())
@@ -119,8 +121,11 @@ GGUF_LAYER_NAMES = {
 
 
 def gguf_name(hf_name: str) -> str:
-    fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-             "lm_head.weight": "output.weight"}
+    fixed = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     if hf_name in fixed:
         return fixed[hf_name]
     _, _, layer, rest = hf_name.split(".", 3)
@@ -141,9 +146,14 @@ def write_gguf(
     rows of llama's q and k permuted for the interleaved rotary embedding."""
     writer = gguf.GGUFWriter(path, architecture)
     heads, kv_heads = TINY["num_attention_heads"], TINY["num_key_value_heads"]
-    integers = {"block_count": TINY["num_hidden_layers"], "context_length": 64, "embedding_length": TINY["hidden_size"],
-                "feed_forward_length": TINY["intermediate_size"], "attention.head_count": heads,
-                "attention.head_count_kv": kv_heads}
+    integers = {
+        "block_count": TINY["num_hidden_layers"],
+        "context_length": 64,
+        "embedding_length": TINY["hidden_size"],
+        "feed_forward_length": TINY["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+    }
     for key, value in integers.items():
         if key not in skip_keys:
             writer.add_uint32(f"{architecture}.{key}", value)

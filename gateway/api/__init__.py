@@ -1,0 +1,1 @@
+"""The doors: gRPC and OpenAI-compatible HTTP, over one frontend."""
