@@ -18,7 +18,6 @@ from gateway import replica_feed
 from stageline.errors import StagelineError
 
 STAGE_MODULE, STAGE_CLASS, SPEC_CLASS = "stages.replica", "StageReplica", "StageSpec"
-DISCOVERY = RequestRouterConfig(request_router_class="gateway.serve_adapter.DiscoveryRouter")
 
 
 class StageStartError(RuntimeError):
@@ -83,7 +82,7 @@ def stage_application(
         name=name,
         num_replicas=replicas,
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        request_router_config=DISCOVERY,
+        request_router_config=RequestRouterConfig(request_router_class="gateway.serve_adapter.DiscoveryRouter"),
         max_constructor_retry_count=retries,
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
