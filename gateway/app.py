@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from gateway import config as configuration
 from gateway import replica_feed
@@ -59,7 +58,8 @@ def application(config: configuration.Config) -> serve.Application:
         )
         for index, layers in enumerate(ranges)
     ]
-    gateway = serve.deployment(serve.ingress(_http_app)(Gateway)).options(
+    make: Any = serve.deployment  # its overloads do not know classes with an async __init__
+    gateway = make(serve.ingress(_http_app)(Gateway)).options(
         name="gateway",
         num_replicas=1,
         max_ongoing_requests=4096,
@@ -68,7 +68,8 @@ def application(config: configuration.Config) -> serve.Application:
         graceful_shutdown_timeout_s=config.server.drain_timeout_s + 10,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    return gateway.bind(config.model_dump(), *stages)
+    bound: serve.Application = gateway.bind(config.model_dump(), *stages)
+    return bound
 
 
 def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, num_stages: int) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _current_frontend() -> Frontend:
 class Gateway:
     """The Serve replica that owns the engine, the gRPC door, and the HTTP door behind Serve's ingress."""
 
-    async def __init__(self, config: dict[str, Any], *stages: DeploymentHandle) -> None:
+    async def __init__(self, config: dict[str, Any], *stages: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         global _frontend
         parsed = configuration.Config.model_validate(config)
         model, tokenizer, template = await asyncio.to_thread(load_model, parsed)

@@ -24,7 +24,7 @@ class StageStartError(RuntimeError):
     """A stage could not load. Its text crosses process borders: Serve keeps only the traceback."""
 
 
-class DiscoveryRouter(RequestRouter):  # type: ignore[misc]
+class DiscoveryRouter(RequestRouter):
     """Routes nothing: it tells the gateway which replicas of a stage run, with the metadata they recorded."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -42,7 +42,7 @@ class DiscoveryRouter(RequestRouter):  # type: ignore[misc]
 class StageDeployment:
     """One stage as a Serve replica: starts a `stages.replica.StageReplica` and publishes where it listens."""
 
-    async def __init__(self, index: int, spec: dict[str, Any]) -> None:
+    async def __init__(self, index: int, spec: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         module = importlib.import_module(STAGE_MODULE)
         context = ray.get_runtime_context()
         spec = {**spec, "host": spec.get("host") or ray.util.get_node_ip_address()}
@@ -78,15 +78,18 @@ def stage_application(
     name: str, index: int, spec: dict[str, Any], *, replicas: int, num_cpus: float, num_gpus: float, retries: int
 ) -> serve.Application:
     """One deployment for stage `index`; `retries` bounds constructor attempts before Serve reports a failure."""
-    deployment = serve.deployment(StageDeployment).options(
+    make: Any = serve.deployment  # its overloads do not know classes with an async __init__
+    router: Any = "gateway.serve_adapter.DiscoveryRouter"
+    deployment = make(StageDeployment).options(
         name=name,
         num_replicas=replicas,
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        request_router_config=RequestRouterConfig(request_router_class="gateway.serve_adapter.DiscoveryRouter"),
+        request_router_config=RequestRouterConfig(request_router_class=router),
         max_constructor_retry_count=retries,
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=20.0,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    return deployment.bind(index, spec)
+    application: serve.Application = deployment.bind(index, spec)
+    return application

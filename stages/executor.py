@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from stages.logits import LogitsProcessor
 from stages.runner import StageRunner
 from stages.server.frames import StepFrame
 
-ELEMENT_TYPES: dict[torch.dtype, pb.ElementType] = {
+ELEMENT_TYPES: dict[torch.dtype, pb.ElementType.ValueType] = {
     torch.float32: pb.ELEMENT_TYPE_FLOAT32,
     torch.bfloat16: pb.ELEMENT_TYPE_BFLOAT16,
     torch.float16: pb.ELEMENT_TYPE_FLOAT16,
@@ -60,7 +61,8 @@ class StageExecutor:
         if isinstance(out, list):
             result = pb.StepResult(step_id=frame.step_id, rows=out, timings=trace.timings)
             return StepFrame(frame.epoch, frame.step_id, result.SerializeToString())
-        payload = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        raw: Any = out.view(torch.uint8).numpy()
+        payload = memoryview(raw).cast("B")
         return StepFrame(
             frame.epoch, frame.step_id, frame.header, trace.SerializeToString(), self.element_type, payload
         )

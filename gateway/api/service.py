@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from gateway.api.validate import RawParams, check_num_choices, check_prompt, sampling_params
@@ -20,7 +20,7 @@ class EngineLike(Protocol):
     def ready(self) -> bool:
         """Whether requests are served now."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[ChoiceDelta]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[ChoiceDelta, None]:
         """Deltas of all choices; closing it cancels."""
 
     def pipelines(self) -> tuple[PipelineStatus, ...]:

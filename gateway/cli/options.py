@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from gateway.config import Config, fields, load
 
@@ -26,7 +27,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         field = f"{section}.{name}"
         long = "--" + field.replace("_", "-")
         flags = [f"--{short[field]}", long] if field in short else [long]
-        constant = {"nargs": "?", "const": "true"} if kind is bool else {}
+        constant: Any = {"nargs": "?", "const": "true"} if kind is bool else {}
         parser.add_argument(*flags, dest=field, metavar=name.upper(), help=description.replace("%", "%%"), **constant)
 
 

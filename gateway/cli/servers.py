@@ -39,7 +39,7 @@ def find() -> str:
             "start one with `stageline serve`, or give --address HOST:GRPC_PORT",
             field="address",
         )
-    return addresses[0]
+    return str(addresses[0])
 
 
 def _alive(pid: int) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -73,7 +73,7 @@ class Engine:
         self._stopping = True
         self._notify()
         end_s = time.monotonic() + drain_s
-        while any(lane.load for lane in self._lanes) and time.monotonic() < end_s:
+        while any(lane.load for lane in self._lanes) and time.monotonic() < end_s:  # noqa: ASYNC110 - at most drain_s
             await asyncio.sleep(0.05)
         for lane in self._lanes:
             lane.fail_all(UnavailableError("GATEWAY_STOPPING", "the gateway is stopping; retry elsewhere"))
@@ -99,7 +99,7 @@ class Engine:
         """Replicas in no pipeline."""
         return tuple(replica_status(record, "spare") for record in self._free(None))
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[ChoiceDelta]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[ChoiceDelta, None]:
         """Deltas of all choices as they come. Closing the iterator cancels the request.
 
         Raises DeadlineExceededError, ResourceExhaustedError, UnavailableError, or InternalError for this request only.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import grpc
 
@@ -48,9 +50,8 @@ class Pipeline:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
         first, last = self.stages[0], self.stages[-1]
-        forward = self._channels[0].stream_unary(FORWARD, request_serializer=None, response_deserializer=None)(
-            metadata=epoch_metadata(self.epoch, first.incarnation)
-        )
+        method: Any = self._channels[0].stream_unary(FORWARD, request_serializer=None, response_deserializer=None)
+        forward = method(metadata=epoch_metadata(self.epoch, first.incarnation))
         results = self._channels[-1].unary_stream(RESULTS, request_serializer=None, response_deserializer=None)(
             b"", metadata=epoch_metadata(self.epoch, last.incarnation)
         )
@@ -73,7 +74,7 @@ class Pipeline:
             for stub, stage in zip(self._stubs, self.stages, strict=True)
         )
         await asyncio.gather(*(_quietly(release) for release in releases))
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
     def _check(self, described: list[pb.DescribeResponse]) -> None:
         for record, answer in zip(self.stages, described, strict=True):
@@ -156,8 +157,7 @@ class Pipeline:
         self.broken.set()
 
 
-async def _quietly(call: object) -> None:
-    try:
-        await call  # type: ignore[misc]
-    except grpc.aio.AioRpcError:
-        pass  # the stage is gone, or fenced us already: nothing is left to give back
+async def _quietly(call: Awaitable[object]) -> None:
+    # The stage may be gone, or have fenced us already: then nothing is left to give back.
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        await call

@@ -149,7 +149,11 @@ def _byte_level_bpe(
     try:
         # Added tokens are given their ids through the vocabulary: the library numbers new ones by itself otherwise.
         full = {**vocab, **{token.content: token_id for token_id, token in added.items()}}
-        backend = tokenizers.Tokenizer(models.BPE(vocab=full, merges=list(merges), fuse_unk=False, byte_fallback=False))
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab=full, merges=[(left, right) for left, right in merges], fuse_unk=False, byte_fallback=False
+            )
+        )
     except Exception as error:  # the library raises bare Exception
         raise _unreadable(Path(source), error) from None
     if normalizer is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import grpc
+from typing import Any
+
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -46,7 +47,7 @@ def to_status(error: StagelineError) -> status_pb2.Status:
     return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=packed)
 
 
-def from_rpc_error(error: grpc.RpcError) -> StagelineError:
+def from_rpc_error(error: Any) -> StagelineError:
     """The typed error behind a failed call; a status without our ErrorInfo gets the reason of its code."""
     code = error.code()
     kind = _BY_CODE.get(code.name, errors.InternalError)
@@ -54,7 +55,7 @@ def from_rpc_error(error: grpc.RpcError) -> StagelineError:
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == errors.DOMAIN:
-            typed = kind(info.reason, error.details())
+            typed = kind(info.reason, error.details() or "")
             typed.metadata = dict(info.metadata)
             return typed
     return kind(code.name, f"gRPC {code.name}: {error.details()}")

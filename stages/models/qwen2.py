@@ -6,6 +6,7 @@ T tokens, D hidden size, F feed-forward size, N query heads, K KV heads, H head 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        make = {"dtype": dtype, "device": device}
+        make: Any = {"dtype": dtype, "device": device}
         self.q_size = config.num_heads * config.head_dim
         self.kv_size = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
@@ -38,13 +39,15 @@ class DecoderLayer(nn.Module):
 
     def project(self, hidden_TD: Tensor) -> Tensor:
         """Queries, keys and values of each token, side by side: [T, (N + 2K)·H]."""
-        return self.qkv(self.input_norm(hidden_TD))
+        qkv: Tensor = self.qkv(self.input_norm(hidden_TD))
+        return qkv
 
     def finish(self, hidden_TD: Tensor, attended_TD: Tensor) -> Tensor:
         """Output projection, residual, and the SwiGLU MLP (Shazeer, 2020)."""
         hidden_TD = hidden_TD + self.o(attended_TD)
         gate_TF, up_TF = self.gate_up(self.post_norm(hidden_TD)).chunk(2, dim=-1)
-        return hidden_TD + self.down(F.silu(gate_TF) * up_TF)
+        down_TD: Tensor = self.down(F.silu(gate_TF) * up_TF)
+        return hidden_TD + down_TD
 
 
 class Qwen2Stage(nn.Module):
@@ -61,7 +64,7 @@ class Qwen2Stage(nn.Module):
         batch_invariant: bool = False,
     ) -> None:
         super().__init__()
-        make = {"dtype": dtype, "device": device}
+        make: Any = {"dtype": dtype, "device": device}
         self.config, self.layer_range, self.attention = config, layers, attention
         self.batch_invariant = batch_invariant
         self.is_first, self.is_last = layers.is_first(), layers.is_last(config)
@@ -94,14 +97,7 @@ class Qwen2Stage(nn.Module):
             kv.write(index, context.slots_T, k_TKH, v)
             attended_TNH = self.attention.forward(q_TNH, *kv.layer(index), context, self.config.sliding_windows[index])
             attended_TD = attended_TNH.flatten(1)
-            if self.batch_invariant:
-                width = hidden_TD.shape[1]
-                both = torch.cat((hidden_TD, attended_TD), dim=1)
-                hidden_TD = in_chunks(
-                    lambda x, f=layer.finish, w=width: f(x[:, :w].contiguous(), x[:, w:].contiguous()), both
-                )
-            else:
-                hidden_TD = layer.finish(hidden_TD, attended_TD)
+            hidden_TD = self._finish(layer, hidden_TD, attended_TD)
         return hidden_TD
 
     def compute_logits(self, hidden_RD: Tensor) -> Tensor:
@@ -109,6 +105,16 @@ class Qwen2Stage(nn.Module):
         assert self.lm_head is not None
         head = self.lm_head
         return self._by_row(lambda x: F.linear(self.norm(x), head).float(), hidden_RD)
+
+    def _finish(self, layer: DecoderLayer, hidden_TD: Tensor, attended_TD: Tensor) -> Tensor:
+        if not self.batch_invariant:
+            return layer.finish(hidden_TD, attended_TD)
+        width = hidden_TD.shape[1]
+
+        def finish(both: Tensor) -> Tensor:
+            return layer.finish(both[:, :width].contiguous(), both[:, width:].contiguous())
+
+        return in_chunks(finish, torch.cat((hidden_TD, attended_TD), dim=1))
 
     def _by_row(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return in_chunks(function, x) if self.batch_invariant else function(x)

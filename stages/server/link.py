@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 
@@ -47,13 +48,13 @@ class Link:
         try:
             await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
         except TimeoutError:
-            await self._channel.close()
+            await self._channel.close(None)
             raise UnavailableError(
                 "NEXT_STAGE_UNREACHABLE",
                 f"no stage answers at {self.address} within {timeout_s} s",
                 address=self.address,
             ) from None
-        method = self._channel.stream_unary(FORWARD, request_serializer=None, response_deserializer=None)
+        method: Any = self._channel.stream_unary(FORWARD, request_serializer=None, response_deserializer=None)
         self._call = method(metadata=epoch_metadata(self._epoch, self._incarnation))
         self._watcher = asyncio.create_task(self._watch(self._call))
 
@@ -76,4 +77,4 @@ class Link:
             self._watcher.cancel()
         if self._call is not None:
             self._call.cancel()
-        await self._channel.close()
+        await self._channel.close(None)

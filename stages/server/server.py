@@ -27,6 +27,7 @@ from stages.server.claims import Claims, State
 from stages.server.frames import Assembler, StepFrame
 from stages.server.link import DATA_SERVICE, OPTIONS, Link
 
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _STATES = {
     State.SPARE: pb.STAGE_STATE_SPARE,
     State.CLAIMED: pb.STAGE_STATE_CLAIMED,
@@ -71,7 +72,7 @@ class StageServer(pb_grpc.StageServiceServicer):
                 ),
             )
         )
-        servicer = health.aio.HealthServicer()
+        servicer = _aio_health()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         try:
             port = self._server.add_insecure_port(f"{host}:{port}")
@@ -218,7 +219,7 @@ class StageServer(pb_grpc.StageServiceServicer):
                 message = await _until(over, context.read())
                 if message is None:
                     raise self._stale(epoch)
-                if message is grpc.aio.EOF:
+                if message is _EOF:
                     return b""
                 frame = assembler.feed(message)
                 if frame is None:
@@ -309,6 +310,10 @@ class StageServer(pb_grpc.StageServiceServicer):
             "STALE_EPOCH", f"epoch {epoch} is over: the stage is in epoch {self._claims.epoch}; claim it again",
             epoch=epoch, current_epoch=self._claims.epoch,
         )  # fmt: skip
+
+
+def _aio_health() -> Any:
+    return health.aio.HealthServicer()  # type: ignore[attr-defined]
 
 
 async def _until(over: asyncio.Event, work: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from gateway.api.service import Frontend
 from gateway.api.validate import RawParams
@@ -27,7 +28,7 @@ def to_request(frontend: Frontend, message: gen.Generation, deadline_s: float | 
     if message.priority:
         raise UnimplementedError("FIELD_NOT_SERVED", "priority other than 0 is not served yet", field="priority")
     raw = RawParams(
-        **{name: getattr(message.sampling, name) for name in _SAMPLING if message.sampling.HasField(name)},
+        **_given(message.sampling, _SAMPLING),
         logit_bias=dict(message.sampling.logit_bias),
         max_tokens=message.stop.max_tokens if message.stop.HasField("max_tokens") else None,
         min_tokens=message.stop.min_tokens if message.stop.HasField("min_tokens") else None,
@@ -127,6 +128,11 @@ def to_model(frontend: Frontend) -> pb.GetModelResponse:
         spares=[_replica(replica) for replica in frontend.engine.spares()],
         eos_token_ids=frontend.model.eos_token_ids,
     )
+
+
+def _given(message: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that are set."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
 def _replica(r: ReplicaStatus) -> pb.StageReplicaStatus:

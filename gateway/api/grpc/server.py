@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -41,7 +41,7 @@ class GrpcDoor(pb_grpc.InferenceServiceServicer):
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
         self._server = grpc.aio.server(options=OPTIONS)
-        self._health = health.aio.HealthServicer()
+        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -141,10 +141,10 @@ class GrpcDoor(pb_grpc.InferenceServiceServicer):
         deadline_s = None if remaining is None else time.monotonic() + remaining
         return to_request(self._frontend, message, deadline_s)
 
-    async def _deltas(self, request: GenerateRequest) -> AsyncIterator[ChoiceDelta]:
+    async def _deltas(self, request: GenerateRequest) -> AsyncGenerator[ChoiceDelta, None]:
         """The engine's deltas; what is not a typed error is a bug of ours and must not reach the client as a traceback."""
         try:
-            async with aclosing(self._frontend.engine.generate(request)) as deltas:  # type: ignore[type-var]
+            async with aclosing(self._frontend.engine.generate(request)) as deltas:
                 async for delta in deltas:
                     yield delta
         except (StagelineError, asyncio.CancelledError, GeneratorExit):

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -140,13 +140,13 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-async def _merged(front: Frontend, requests: list[GenerateRequest]) -> AsyncIterator[tuple[int, ChoiceDelta]]:
+async def _merged(front: Frontend, requests: list[GenerateRequest]) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
     """Deltas of all requests as they come, with the choice's number over all of them; closing it cancels all."""
     deltas: asyncio.Queue[tuple[int, ChoiceDelta] | StagelineError | None] = asyncio.Queue()
 
     async def run(first: int, request: GenerateRequest) -> None:
         try:
-            async with aclosing(front.engine.generate(request)) as stream:  # type: ignore[type-var]
+            async with aclosing(front.engine.generate(request)) as stream:
                 async for delta in stream:
                     deltas.put_nowait((first + delta.index, delta))
             deltas.put_nowait(None)

@@ -111,7 +111,7 @@ class CompletionBody(_Sampling):
             return [self.prompt]
         if not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)
 
 
 class ContentPart(_Body):
