@@ -94,4 +94,4 @@ class StageRunner:
         if not self.model.is_last:
             return hidden_TD.contiguous()
         last_tokens = batch.query_starts[1:][list(batch.output_rows)] - 1
-        return self.model.compute_logits(hidden_TD[torch.from_numpy(last_tokens).to(self.device, torch.int64)])
+        return self.model.compute_logits(hidden_TD.index_select(0, torch.from_numpy(last_tokens).to(self.device)))

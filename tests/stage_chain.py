@@ -68,9 +68,7 @@ class Chain:
         first = len(self._tables)
         pending = [list(prompt) for prompt in prompts]
         for _ in range(num_tokens):
-            rows = [
-                (first + i, pending[i], len(prompts[i]) + len(outputs[i])) for i in range(len(prompts))
-            ]
+            rows = [(first + i, pending[i], len(prompts[i]) + len(outputs[i])) for i in range(len(prompts))]
             for sequence, logits_V in self.step(rows).items():
                 token = int(logits_V.argmax())
                 outputs[sequence - first].append(token)

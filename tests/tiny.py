@@ -17,7 +17,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEXT = "the quick brown fox jumps over the lazy dog. Once upon a time, 12 stages passed hidden states to each other! " * 4
+TEXT = (
+    "the quick brown fox jumps over the lazy dog. Once upon a time, 12 stages passed hidden states to each other! " * 4
+)
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
@@ -48,7 +50,9 @@ def save_tiny(folder: Path, model: Qwen2ForCausalLM | None = None, *, template: 
         ]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
     bpe = json.loads(tokenizer.to_str())["model"]
     # As in Qwen2, special tokens come after the vocabulary.
     size = len(bpe["vocab"])

@@ -61,7 +61,7 @@ class AttentionBackend(Protocol):
 
 def visible(start: int, num_queries: int, context_len: int, window: int | None, device: torch.device) -> Tensor:
     """Mask [num_queries, context_len]: query i stands at position start + i and sees what is not after it."""
-    queries = torch.arange(start, start + num_queries, device=device)[:, None]
-    keys = torch.arange(context_len, device=device)[None]
+    queries = torch.arange(start, start + num_queries, device=device).unsqueeze(1)
+    keys = torch.arange(context_len, device=device).unsqueeze(0)
     mask = keys <= queries
     return mask if window is None else mask & (keys > queries - window)

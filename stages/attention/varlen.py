@@ -48,11 +48,12 @@ class VarlenAttention:
             assert tensor.device.type == "cuda"
         rows, decode = len(context.query_lens), context.num_decode_rows
         parts = []
-        if decode:
-            parts.append(self._call(q_TNH[:decode], keys_BSKH, values_BSKH, context, 0, decode, window))
-        if decode < rows:
-            parts.append(self._call(q_TNH[decode:], keys_BSKH, values_BSKH, context, decode, rows, window))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        for q, start, end in zip(
+            q_TNH.split([decode, q_TNH.shape[0] - decode]), (0, decode), (decode, rows), strict=True
+        ):
+            if start < end:
+                parts.append(self._call(q, keys_BSKH, values_BSKH, context, start, end, window))
+        return torch.cat(parts)
 
     def _call(
         self,
@@ -64,21 +65,23 @@ class VarlenAttention:
         end: int,
         window: int | None,
     ) -> Tensor:
-        starts_R1 = context.query_starts_R1[start : end + 1] - context.query_starts_R1[start]
-        lengths_R = context.context_lens_R[start:end].contiguous()
+        # `narrow` rather than brackets: see portable.py. Decode rows come first and have one token each, so a part's
+        # first token is `start` of the batch in both calls.
+        starts_R1 = context.query_starts_R1.narrow(0, start, end - start + 1) - start
+        lengths_R = context.context_lens_R.narrow(0, start, end - start)
         ends_R1 = torch.nn.functional.pad(lengths_R.cumsum(0, dtype=torch.int32), (1, 0))
         result = varlen_attn(
             q_TNH,
             keys_BSKH,
             values_BSKH,
-            starts_R1.contiguous(),
+            starts_R1,
             ends_R1,
             max(context.query_lens[start:end]),
             max(context.context_lens[start:end]),
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=True,
             seqused_k=lengths_R,
-            block_table=context.block_tables_RM[start:end].contiguous(),
+            block_table=context.block_tables_RM.narrow(0, start, end - start),
             num_splits=1,
         )
         assert isinstance(result, Tensor)

@@ -65,9 +65,9 @@ class RotaryEmbedding:
 
     def angles(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, 1, H] in `dtype`, for int64 positions [T]."""
-        freqs_TF = positions_T.float()[:, None] * self.inv_freq_F
+        freqs_TF = positions_T.float().unsqueeze(-1) * self.inv_freq_F
         angles_TH = torch.cat((freqs_TF, freqs_TF), dim=-1)
-        return angles_TH.cos().to(dtype)[:, None], angles_TH.sin().to(dtype)[:, None]
+        return angles_TH.cos().to(dtype).unsqueeze(1), angles_TH.sin().to(dtype).unsqueeze(1)
 
 
 def rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:

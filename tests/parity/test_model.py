@@ -16,7 +16,13 @@ SHAPES = {
     "mha": {"num_key_value_heads": 4},
     "one kv head": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
-    "odd sizes": {"hidden_size": 42, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 77, "vocab_size": 331},
+    "odd sizes": {
+        "hidden_size": 42,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "intermediate_size": 77,
+        "vocab_size": 331,
+    },
     "sliding": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
 }
 CUTS = ([0, 4], [0, 2, 4], [0, 1, 4], [0, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4])
