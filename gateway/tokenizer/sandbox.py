@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_STEPS = 1_000_000  # loop iterations and calls of one rendering
+MAX_STEPS = 500_000  # loop iterations and calls of one rendering
 MAX_CHARS = 16 * 1024 * 1024  # of the text, and of any string on the way
 _MAX_INTEGER_BITS = 4096
 BUDGET = "#budget"  # key in the render context; no template can spell it
