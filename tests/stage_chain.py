@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Chain:
         checkpoint = open_checkpoint(str(folder))
         self.vocab_size = checkpoint.config.vocab_size
         self.stages = []
-        for start, end in zip(cuts, cuts[1:]):
+        for start, end in itertools.pairwise(cuts):
             layers = LayerRange(start, end)
             runner = StageRunner(
                 checkpoint.config, layers, dtype=dtype, device=torch.device("cpu"), batch_invariant=batch_invariant,

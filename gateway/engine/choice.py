@@ -39,6 +39,7 @@ class ChoiceState:
         self._detokenizer = Detokenizer(tokenizer, self.params.skip_special_tokens)
         self._matcher = StopMatcher(self.params.stop_strings, self.params.include_stop_string)
         self._stop_ids = frozenset(self.params.eos_token_ids) | frozenset(self.params.stop_token_ids)
+        self._suppressed = tuple(sorted(self._stop_ids))
         longest = len(request.prompt_token_ids) + self.params.max_tokens
         self.sequence = Sequence(
             sequence_id=sequence_id,
@@ -50,9 +51,21 @@ class ChoiceState:
         )
         self._resume(request.resume_token_ids)
 
+    def move(self) -> None:
+        """Leave the scheduler: what was generated so far goes on in a new sequence of the same number."""
+        old = self.sequence
+        self.sequence = Sequence(
+            sequence_id=old.sequence_id,
+            prompt_token_ids=old.prompt_token_ids,
+            output_token_ids=list(old.output_token_ids),
+            choice_index=old.choice_index,
+            max_total_tokens=old.max_total_tokens,
+            priority=old.priority,
+        )
+
     def suppressed(self, output_position: int) -> tuple[int, ...]:
         """Tokens that cannot be chosen yet: end tokens and stop ids before min_tokens."""
-        return tuple(sorted(self._stop_ids)) if output_position < self.params.min_tokens else ()
+        return self._suppressed if output_position < self.params.min_tokens else ()
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
         """Take a generated token that the sequence already holds, send its delta, return whether the choice ended."""
@@ -75,14 +88,18 @@ class ChoiceState:
                 return
 
     def _advance(self, token_id: int, num_output: int) -> _Piece:
-        stops = token_id in self._stop_ids and num_output > self.params.min_tokens
+        """Text and stops after one more token; `num_output` counts it. No stop ends the first `min_tokens` tokens, and
+        stop strings are not looked for in their text."""
+        early = num_output <= self.params.min_tokens
+        stops = token_id in self._stop_ids and not early
         text = "" if stops and not self.params.include_stop_string else self._detokenizer.append(token_id)
         last = stops or len(self.sequence.prompt_token_ids) + num_output >= self.sequence.max_total_tokens
         if last:
             text += self._detokenizer.finish()
-        text, matched = self._matcher.append(text)
-        if matched is not None and num_output > self.params.min_tokens:
-            return _Piece(text, FinishReason.STOP, matched)
+        if not early:
+            text, matched = self._matcher.append(text)
+            if matched is not None:
+                return _Piece(text, FinishReason.STOP, matched)
         if not last:
             return _Piece(text, None)
         text += self._matcher.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from gateway.pipelines.pipeline import Pipeline
 from gateway.sampling import choose, make_sampling
 from gateway.scheduler import MicroBatch, ScheduledRow, Scheduler
 from gateway.types import PipelineStatus, ReplicaStatus
-from stageline.errors import InternalError, ResourceExhaustedError, StagelineError
+from stageline.errors import InternalError, ResourceExhaustedError, StagelineError, UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
 
 logger = logging.getLogger("stageline.gateway")
@@ -23,13 +23,15 @@ logger = logging.getLogger("stageline.gateway")
 class Lane:
     """Sequences, the scheduler that owns their blocks, and the driver of the current pipeline."""
 
-    def __init__(self, name: str, make_scheduler: Callable[[Pipeline], Scheduler]) -> None:
+    def __init__(
+        self, name: str, make_scheduler: Callable[[Pipeline], Scheduler], *, check_integrity: bool = False
+    ) -> None:
         self.name = name
         self.state = "forming"
         self.scheduler: Scheduler | None = None
         self.pipeline: Pipeline | None = None
         self.stages: Chain = ()  # replicas in use; set before they are claimed, so that no other lane takes them
-        self._make_scheduler = make_scheduler
+        self._make_scheduler, self._check_integrity = make_scheduler, check_integrity
         self._choices: dict[int, ChoiceState] = {}
         self._sent: dict[int, MicroBatch] = {}
 
@@ -38,13 +40,18 @@ class Lane:
         """Sequences here, running or waiting."""
         return len(self._choices)
 
-    async def open(self, pipeline: Pipeline) -> None:
-        """Claim and wire a chain, then go on with every sequence: what the old pipeline had computed is recomputed."""
-        await pipeline.open(self._on_result)
-        self.pipeline = pipeline
+    async def open(self, pipeline: Pipeline, on_draining: Callable[[str], None]) -> None:
+        """Claim and wire a chain. Every sequence waits to be computed again; `pump` makes them go on."""
+        await pipeline.open(self._on_result, on_draining)
         self._sent.clear()
         if self.scheduler is None:
             self.scheduler = self._make_scheduler(pipeline)
+        elif self.scheduler.block_size_tokens != pipeline.block_size_tokens:
+            raise UnavailableError(
+                "BLOCK_SIZE_CHANGED",
+                f"the new stages have KV blocks of {pipeline.block_size_tokens} tokens, the pipeline began with "
+                f"{self.scheduler.block_size_tokens}; start them from one configuration",
+            )
         else:
             self.scheduler.max_in_flight = pipeline.max_in_flight
             for sequence in self.scheduler.reset(pipeline.num_blocks):
@@ -52,27 +59,52 @@ class Lane:
                     "KV_CACHE_TOO_SMALL", "the pipeline was replaced by one whose KV cache cannot hold this request"
                 )
                 self._choices.pop(sequence.sequence_id).fail(error)
-        self.pump()
+        self.pipeline = pipeline
 
-    async def close(self) -> None:
-        """Let the pipeline go; sequences stay."""
-        if self.pipeline is not None:
-            pipeline, self.pipeline = self.pipeline, None
-            await pipeline.close()
+    def detach(self) -> None:
+        """The pipeline is over; sequences stay and wait for the next one."""
+        self.pipeline = None
+        self.state = "forming" if self.scheduler is None else "recovering"
 
     def add(self, choice: ChoiceState) -> None:
-        """Take a sequence. Raises ResourceExhaustedError or InvalidArgumentError where it cannot be queued."""
+        """Take a sequence; `pump` makes it go. Raises ResourceExhaustedError or InvalidArgumentError where it cannot be
+        queued."""
         assert self.scheduler is not None
         self.scheduler.add(choice.sequence)
         self._choices[choice.sequence.sequence_id] = choice
+
+    def adopt(self, choice: ChoiceState) -> None:
+        """Take a sequence however many wait, and pump; it fails if it could never be held."""
+        assert self.scheduler is not None
+        limit = self.scheduler.max_waiting_sequences
+        self.scheduler.max_waiting_sequences = self.scheduler.num_waiting + 1
+        try:
+            self.add(choice)
+        except StagelineError as error:
+            choice.fail(error)
+        finally:
+            self.scheduler.max_waiting_sequences = limit
         self.pump()
+
+    def take_all(self) -> list[ChoiceState]:
+        """Give every sequence away, in the order they came."""
+        choices = list(self._choices.values())
+        self._choices.clear()
+        for choice in choices:
+            choice.move()
+        return choices
 
     def cancel(self, choice: ChoiceState) -> None:
         """Drop a sequence; its blocks go back as soon as nothing in flight touches them."""
-        if self._choices.pop(choice.sequence.sequence_id, None) is not None:
-            assert self.scheduler is not None
-            self.scheduler.cancel(choice.sequence.sequence_id)
+        if self._drop(choice):
             self.pump()
+
+    def _drop(self, choice: ChoiceState) -> bool:
+        if self._choices.pop(choice.sequence.sequence_id, None) is None:
+            return False
+        assert self.scheduler is not None
+        self.scheduler.cancel(choice.sequence.sequence_id)
+        return True
 
     def fail_all(self, error: StagelineError) -> None:
         """End every request here."""
@@ -143,6 +175,8 @@ class Lane:
         else:
             self._on_rows(batch, {row.sequence_id: row for row in result.rows})
         self.pump()
+        if self._check_integrity and not self.scheduler.num_in_flight:
+            self.scheduler.check_integrity()
 
     def _on_rows(self, batch: MicroBatch, results: dict[int, pb.RowResult]) -> None:
         assert self.scheduler is not None
@@ -160,7 +194,7 @@ class Lane:
                 )
             except StagelineError as error:
                 choice.fail(error)
-                self.cancel_quietly(choice)
+                self._drop(choice)
         self.scheduler.complete(batch.step_id, {sequence_id: c.token_id for sequence_id, c in chosen.items()})
         for sequence_id, token in chosen.items():
             choice = self._choices[sequence_id]
@@ -168,11 +202,11 @@ class Lane:
                 del self._choices[sequence_id]
                 self.scheduler.finish(sequence_id)
 
-    def cancel_quietly(self, choice: ChoiceState) -> None:
-        """Drop a sequence without scheduling anything new yet."""
-        assert self.scheduler is not None
-        self._choices.pop(choice.sequence.sequence_id, None)
-        self.scheduler.cancel(choice.sequence.sequence_id)
+
+def _result(results: Mapping[int, pb.RowResult], sequence_id: int) -> pb.RowResult:
+    if sequence_id not in results:
+        raise InternalError("RESULT_MISSING", "the last stage answered a step without one of its rows")
+    return results[sequence_id]
 
 
 def replica_status(record: ReplicaRecord, state: str) -> ReplicaStatus:

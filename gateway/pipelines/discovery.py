@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
 
-from stageline.errors import UnavailableError
+from stageline.errors import StagelineError, UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
 from stages.server.link import OPTIONS
+
+logger = logging.getLogger("stageline.gateway")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,15 +49,61 @@ class Registry:
         return tuple({record.incarnation: record for records in self._sources.values() for record in records}.values())
 
 
-async def describe(address: str, timeout_s: float = 5.0) -> ReplicaRecord:
-    """Ask a stage server what it is, for people without Ray. Raises UnavailableError where nobody answers."""
+class StaticDiscovery:
+    """Feeds a registry from a fixed list of addresses, for people without Ray: asks each of them what it is, again and
+    again, so that a stage that was restarted on its address is found."""
+
+    def __init__(self, addresses: Sequence[str], registry: Registry, *, interval_s: float = 1.0) -> None:
+        self._addresses, self._registry, self._interval_s = tuple(addresses), registry, interval_s
+        self._known: dict[str, ReplicaRecord] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Ask every address once, then go on in the background."""
+        await self._refresh()
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Ask no more; what was found stays registered."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        asked = (record_at(address, self._interval_s + 1) for address in self._addresses)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        known: dict[str, ReplicaRecord] = {}
+        for address, answer in zip(self._addresses, answers, strict=True):
+            if isinstance(answer, ReplicaRecord):
+                known[address] = answer
+            elif not isinstance(answer, StagelineError):
+                raise answer
+            elif address in self._known:
+                logger.warning("%s", answer.message)
+        if known != self._known:
+            self._known = known
+            self._registry.set_replicas("static", tuple(known.values()))
+
+
+async def describe(address: str, timeout_s: float = 5.0) -> pb.DescribeResponse:
+    """Ask a stage server what it is. Raises UnavailableError where nobody answers."""
     async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
         try:
-            answer = await pb_grpc.StageServiceStub(channel).Describe(pb.DescribeRequest(), timeout=timeout_s)
+            return await pb_grpc.StageServiceStub(channel).Describe(pb.DescribeRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise UnavailableError(
                 "STAGE_UNREACHABLE", f"no stage answers at {address}: {error.details()}", address=address
             ) from None
+
+
+async def record_at(address: str, timeout_s: float = 5.0) -> ReplicaRecord:
+    """The replica that listens at an address. Raises UnavailableError where nobody answers."""
+    answer = await describe(address, timeout_s)
     return ReplicaRecord(
         address=address,
         incarnation=answer.incarnation,

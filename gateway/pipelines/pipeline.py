@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
 
+from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from stageline.errors import StagelineError, UnavailableError
 from stageline.grpc_errors import from_rpc_error
@@ -17,11 +18,22 @@ from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
 from stages.server.frames import StepFrame, encode
 from stages.server.link import FORWARD, OPTIONS, RESULTS, epoch_metadata
 
-RPC_TIMEOUT_S = 30.0
+DESCRIBE_TIMEOUT_S = 5.0
+RPC_TIMEOUT_S = 30.0  # a claim waits for the running kernel, a connect for the KV cache
+RELEASE_TIMEOUT_S = 1.0
+
+OnResult = Callable[[pb.StepResult], None]
+OnDraining = Callable[[str], None]
+
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
 class Pipeline:
-    """A chain of stages under one epoch. After `broken` is set it is of no use any more: close it and open another."""
+    """A chain of stages under one epoch. After `broken` is set it is of no use any more: close it and open another.
+
+    What breaks it, always with the typed `cause`: a call or stream that ends, a link between stages that breaks, a lease
+    that cannot be renewed (lost, or no answer within its length).
+    """
 
     def __init__(self, stages: Chain, *, owner_id: str, lease_s: float) -> None:
         self.stages = stages
@@ -32,20 +44,27 @@ class Pipeline:
         self._owner_id, self._lease_s = owner_id, lease_s
         self._channels = [grpc.aio.insecure_channel(stage.address, options=OPTIONS) for stage in stages]
         self._stubs = [pb_grpc.StageServiceStub(channel) for channel in self._channels]
+        self._granted = [0] * len(stages)  # epoch that each stage granted last
         self._tasks: list[asyncio.Task[None]] = []
         self._outbox: asyncio.Queue[StepFrame] = asyncio.Queue()
 
-    async def open(self, on_result: Callable[[pb.StepResult], None]) -> None:
-        """Claim and wire every stage. Raises StagelineError where one refuses or does not answer."""
+    async def open(self, on_result: OnResult, on_draining: OnDraining) -> None:
+        """Claim and wire every stage. Raises StagelineError where one refuses or does not answer.
+
+        `on_result` gets every answer, in order; `on_draining` the incarnation of a stage that is about to stop.
+        """
         try:
-            described = await asyncio.gather(*(s.Describe(pb.DescribeRequest(), timeout=5) for s in self._stubs))
-            self.block_size_tokens = described[0].block_size_tokens
+            described = await asyncio.gather(
+                *(stub.Describe(pb.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S) for stub in self._stubs)
+            )
             self._check(described)
+            self.block_size_tokens = described[0].block_size_tokens
             self.num_blocks = min(stage.kv_capacity_blocks for stage in described)
             # In flight: one step a stage and one to hide the hops, never more than a queue holds.
             self.max_in_flight = min(len(self.stages) + 1, *(stage.queue_depth_steps for stage in described))
             await self._claim()
             self._spawn(self._renew())
+            await self._watch_all(on_draining)
             await self._connect()
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
@@ -57,8 +76,6 @@ class Pipeline:
         )
         self._spawn(self._send(forward))
         self._spawn(self._receive(results, on_result))
-        for index in range(len(self.stages)):
-            self._spawn(self._watch(index))
 
     def send(self, step: pb.Step) -> None:
         """Queue a step. There are never more than `max_in_flight` queued: the scheduler sees to that."""
@@ -69,39 +86,57 @@ class Pipeline:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        releases = (
-            stub.Release(pb.ReleaseRequest(epoch=self.epoch, incarnation=stage.incarnation), timeout=1)
-            for stub, stage in zip(self._stubs, self.stages, strict=True)
-        )
-        await asyncio.gather(*(_quietly(release) for release in releases))
+        await asyncio.gather(*(self._release(index) for index, epoch in enumerate(self._granted) if epoch))
         await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
-    def _check(self, described: list[pb.DescribeResponse]) -> None:
+    def _check(self, described: Sequence[pb.DescribeResponse]) -> None:
+        first = described[0]
+        expected = (first.dtype, first.block_size_tokens, first.batch_invariant)
         for record, answer in zip(self.stages, described, strict=True):
-            same = (answer.dtype, answer.block_size_tokens, answer.batch_invariant, answer.fingerprint)
-            first = described[0]
-            expected = (first.dtype, first.block_size_tokens, first.batch_invariant, record.fingerprint)
-            if same != expected or answer.incarnation != record.incarnation:
+            if (answer.incarnation, answer.fingerprint) != (record.incarnation, record.fingerprint):
                 raise UnavailableError(
-                    "STAGES_DIFFER", f"the stage at {record.address} does not fit the others: dtype, block size, "
-                    "batch-invariance and fingerprint must be equal", address=record.address,
+                    "STAGE_REPLACED", f"another replica than the one that was announced answers at {record.address}",
+                    address=record.address,
+                )  # fmt: skip
+            if (answer.dtype, answer.block_size_tokens, answer.batch_invariant) != expected:
+                raise UnavailableError(
+                    "STAGES_DIFFER", f"the stage at {record.address} does not fit the one at {self.stages[0].address}: "
+                    "dtype, block size and batch-invariance must be equal; start them from one configuration",
+                    address=record.address,
                 )  # fmt: skip
 
     async def _claim(self) -> None:
         """All stages grant the same epoch: the highest any of them issued, asked again of the lower ones."""
-        granted = [0] * len(self.stages)
-        while len(set(granted)) > 1 or not granted[0]:
-            wanted = max(granted)
+        while not all(self._granted) or len(set(self._granted)) > 1:
             for index, stage in enumerate(self.stages):
-                if granted[index] < wanted or not wanted:
+                highest = max(self._granted)
+                if not self._granted[index] or self._granted[index] < highest:
                     request = pb.ClaimRequest(
                         owner_id=self._owner_id,
                         incarnation=stage.incarnation,
-                        min_epoch=wanted,
+                        min_epoch=highest,
                         lease_s=self._lease_s,
                     )
-                    granted[index] = (await self._stubs[index].Claim(request, timeout=RPC_TIMEOUT_S)).epoch
-        self.epoch = granted[0]
+                    answer = await self._stubs[index].Claim(request, timeout=RPC_TIMEOUT_S)
+                    self._granted[index] = answer.epoch
+        self.epoch = self._granted[0]
+
+    async def _watch_all(self, on_draining: OnDraining) -> None:
+        """Subscribe before anything is wired, so that no broken link goes unseen."""
+        calls = [
+            stub.Watch(pb.WatchRequest(epoch=self.epoch, incarnation=stage.incarnation))
+            for stage, stub in zip(self.stages, self._stubs, strict=True)
+        ]
+        for call, stage in zip(calls, self.stages, strict=True):
+            try:
+                first = await asyncio.wait_for(call.read(), RPC_TIMEOUT_S)
+            except TimeoutError:
+                first = _EOF
+            if first is _EOF:
+                raise UnavailableError(
+                    "WATCH_ENDED", f"the stage at {stage.address} could not be watched", address=stage.address
+                )
+            self._spawn(self._watch(call, stage, on_draining))
 
     async def _connect(self) -> None:
         following: pb.NextStage | None = None
@@ -110,54 +145,66 @@ class Pipeline:
             await stub.Connect(request, timeout=RPC_TIMEOUT_S)
             following = pb.NextStage(address=stage.address, epoch=self.epoch, incarnation=stage.incarnation)
 
+    async def _release(self, index: int) -> None:
+        request = pb.ReleaseRequest(epoch=self._granted[index], incarnation=self.stages[index].incarnation)
+        # The stage may be gone, or have fenced us already: then nothing is left to give back.
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await self._stubs[index].Release(request, timeout=RELEASE_TIMEOUT_S)
+
     async def _send(self, call: grpc.aio.StreamUnaryCall[bytes, bytes]) -> None:
         while True:
             for message in encode(await self._outbox.get()):
-                await call.write(message)
+                try:
+                    await call.write(message)
+                except asyncio.InvalidStateError:  # the stream ended before the write
+                    detail = f"{(await call.code()).name}: {await call.details()}"
+                    raise UnavailableError("FORWARD_ENDED", f"the first stage ended the stream: {detail}") from None
 
-    async def _receive(
-        self, call: grpc.aio.UnaryStreamCall[bytes, bytes], on_result: Callable[[pb.StepResult], None]
-    ) -> None:
+    async def _receive(self, call: grpc.aio.UnaryStreamCall[bytes, bytes], on_result: OnResult) -> None:
         async for message in call:
             on_result(pb.StepResult.FromString(message))
         raise UnavailableError("RESULTS_ENDED", "the last stage ended its results")
 
     async def _renew(self) -> None:
         while True:
-            for stage, stub in zip(self.stages, self._stubs, strict=True):
-                request = pb.RenewRequest(epoch=self.epoch, incarnation=stage.incarnation)
-                await stub.Renew(request, timeout=self._lease_s)
+            renewals = (
+                stub.Renew(pb.RenewRequest(epoch=self.epoch, incarnation=stage.incarnation), timeout=self._lease_s)
+                for stage, stub in zip(self.stages, self._stubs, strict=True)
+            )
+            await asyncio.gather(*renewals)
             await asyncio.sleep(self._lease_s / 4)
 
-    async def _watch(self, index: int) -> None:
-        stage = self.stages[index]
-        request = pb.WatchRequest(epoch=self.epoch, incarnation=stage.incarnation)
-        async for event in self._stubs[index].Watch(request):
+    async def _watch(
+        self,
+        call: grpc.aio.UnaryStreamCall[pb.WatchRequest, pb.WatchResponse],
+        stage: ReplicaRecord,
+        on_draining: OnDraining,
+    ) -> None:
+        while (event := await call.read()) is not _EOF:
+            assert isinstance(event, pb.WatchResponse)
             if event.HasField("link_broken"):
-                raise UnavailableError("LINK_BROKEN", f"{stage.address} lost {event.link_broken.address}")
+                link = event.link_broken
+                raise UnavailableError(
+                    "LINK_BROKEN",
+                    f"the stage at {stage.address} lost {link.address}: {link.detail}",
+                    address=link.address,
+                )
             if event.HasField("draining"):
-                raise UnavailableError("STAGE_DRAINING", f"the stage at {stage.address} is about to stop")
-        raise UnavailableError("WATCH_ENDED", f"the stage at {stage.address} ended its watch")
+                on_draining(stage.incarnation)
+        raise UnavailableError("WATCH_ENDED", f"the stage at {stage.address} ended its watch", address=stage.address)
 
-    def _spawn(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         task.add_done_callback(self._on_done)
         self._tasks.append(task)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         """A task of a pipeline ends only by failing; the first one says why."""
-        if task.cancelled() or self.broken.is_set():
+        if task.cancelled() or (error := task.exception()) is None or self.broken.is_set():
             return
-        error = task.exception()
         if isinstance(error, grpc.RpcError):
             error = from_rpc_error(error)
         if not isinstance(error, StagelineError):
             error = UnavailableError("PIPELINE_BROKEN", f"{type(error).__name__}: {error}")
         self.cause = error
         self.broken.set()
-
-
-async def _quietly(call: Awaitable[object]) -> None:
-    # The stage may be gone, or have fenced us already: then nothing is left to give back.
-    with contextlib.suppress(grpc.aio.AioRpcError):
-        await call

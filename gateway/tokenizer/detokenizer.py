@@ -16,8 +16,12 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def append(self, token_id: int) -> str:
-        """The text that is final now; the bytes of an incomplete character wait for the rest."""
-        return "" if token_id in self._skipped else self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        """The text that is final now; the bytes of an incomplete character wait for the rest.
+
+        Raises InvalidArgumentError for an id out of range.
+        """
+        data = self._tokenizer.token_bytes(token_id)
+        return "" if token_id in self._skipped else self._decoder.decode(data)
 
     def finish(self) -> str:
         """What waited: an incomplete character becomes U+FFFD."""

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from stages.attention.base import AttentionContext, visible
 
-
 # Slices are `narrow`, `split` and `index_select` rather than brackets throughout: a build of torch without CUDA cannot
 # index a fake CUDA tensor, and this code is checked at full size on fake devices.
 

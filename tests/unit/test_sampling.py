@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 PROMPT, OUTPUT = (3, 5, 5, 7), (11, 3, 11)
 
 
-def row(params: SamplingParams, *, suppressed=(), position=len(OUTPUT), registered=True):
+def row(params: SamplingParams, *, suppressed=(), position=3, registered=True):
     sampling = make_sampling(
         params, choice_index=0, output_position=position, suppressed=suppressed,
         registration=(PROMPT, OUTPUT) if registered and params.has_penalties() else None,
@@ -96,7 +96,7 @@ GRID = [
         presence_penalty=other / 2,
         logit_bias=((2, 1.5), (9, -3.0)),
         seed=5,
-    )  # fmt: skip
+    )
     for temperature, top_k, top_p, min_p, repetition, other in itertools.product(
         (0.3, 1.0, 1.7), (0, 1, 5, 200), (1.0, 0.9, 0.3), (0.0, 0.05), (1.0, 1.3), (0.0, 0.7)
     )

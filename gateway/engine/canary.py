@@ -1,0 +1,52 @@
+"""The canary: one greedy token through every stage proves a pipeline before clients depend on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from gateway.engine.choice import ChoiceState, Deltas
+from gateway.engine.lane import Lane
+from gateway.pipelines.pipeline import Pipeline
+from gateway.types import GenerateRequest, SamplingParams
+from stageline.errors import StagelineError, UnavailableError
+
+# Ahead of every request, so that the canary is in the first micro-batch however many sequences wait to be recomputed.
+PRIORITY = 1 << 40
+
+
+async def prove(
+    lane: Lane,
+    pipeline: Pipeline,
+    make_choice: Callable[[GenerateRequest, int, Deltas], ChoiceState],
+    *,
+    timeout_s: float,
+) -> None:
+    """Return when the canary came back; other sequences of the lane may run beside it.
+
+    Raises the pipeline's cause when it breaks, the step's error when a stage could not execute it, UnavailableError
+    CANARY_TIMEOUT when nothing comes back in time.
+    """
+    request = GenerateRequest(
+        request_id="canary",
+        prompt_token_ids=(0,),
+        sampling=SamplingParams(temperature=0, max_tokens=1),
+        priority=PRIORITY,
+    )
+    deltas: Deltas = asyncio.Queue()
+    choice = make_choice(request, 0, deltas)
+    lane.adopt(choice)
+    answer = asyncio.create_task(deltas.get())
+    broken = asyncio.create_task(pipeline.broken.wait())
+    try:
+        await asyncio.wait({answer, broken}, return_when=asyncio.FIRST_COMPLETED, timeout=timeout_s)
+        if pipeline.cause is not None:
+            raise pipeline.cause
+        if not answer.done():
+            raise UnavailableError("CANARY_TIMEOUT", f"no canary came back from the pipeline within {timeout_s} s")
+        if isinstance(delta := answer.result(), StagelineError):
+            raise delta
+    finally:
+        answer.cancel()
+        broken.cancel()
+        lane.cancel(choice)

@@ -1,0 +1,192 @@
+"""The keeper: opens a lane over every complete chain of replicas and keeps it on a pipeline when stages die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from gateway.engine.canary import prove
+from gateway.engine.choice import ChoiceState, Deltas
+from gateway.engine.lane import Lane, replica_status
+from gateway.engine.settings import EngineSettings
+from gateway.pipelines.discovery import Registry, ReplicaRecord, describe, new_owner_id
+from gateway.pipelines.form import Chain, chain
+from gateway.pipelines.pipeline import Pipeline
+from gateway.scheduler import Scheduler
+from gateway.types import GenerateRequest, ReplicaStatus
+from stageline.errors import StagelineError, UnavailableError
+from stageline.stage.v1 import stage_service_pb2 as pb
+
+logger = logging.getLogger("stageline.gateway")
+
+MIN_RETRY_S, MAX_RETRY_S = 0.1, 2.0  # between attempts to open a pipeline; a change of membership ends the wait
+SUSPECT_S = 5.0  # how long a replica that cannot be claimed is passed over while others can take its place
+ASK_TIMEOUT_S = 1.0
+
+MakeChoice = Callable[[GenerateRequest, int, Deltas], ChoiceState]
+
+
+class Keeper:
+    """All lanes of an engine. Lives on one event loop."""
+
+    def __init__(self, registry: Registry, settings: EngineSettings, fingerprint: str, make_choice: MakeChoice) -> None:
+        self.lanes: list[Lane] = []
+        self.changed = asyncio.Event()  # replaced at every change of membership or readiness
+        self._membership = asyncio.Event()  # replaced at every change of membership
+        self._registry, self._settings, self._fingerprint = registry, settings, fingerprint
+        self._make_choice = make_choice
+        self._owner_id = new_owner_id()
+        self._lane_numbers = itertools.count()
+        self._suspects: dict[str, float] = {}  # incarnation → until when, on the monotonic clock
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Begin to form pipelines as replicas appear."""
+        self._registry.on_change = self._on_membership
+        self._on_membership()
+
+    async def stop(self) -> None:
+        """Give every stage back."""
+        self._registry.on_change = lambda: None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def notify(self) -> None:
+        """Wake whoever waits for `changed`."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def spares(self) -> tuple[ReplicaStatus, ...]:
+        """Replicas in no pipeline."""
+        return tuple(replica_status(record, "spare") for record in self._free(None))
+
+    def _on_membership(self) -> None:
+        """Open a lane for every complete chain of replicas that no lane uses; lanes that lost theirs come first."""
+        self._membership.set()
+        self._membership = asyncio.Event()
+        self.notify()
+        known = {record.incarnation for record in self._registry.replicas()}
+        self._suspects = {name: until for name, until in self._suspects.items() if name in known}
+        waiting = sum(not lane.stages for lane in self.lanes)
+        chains, _ = chain(self._free(None), self._fingerprint)
+        for _ in range(len(chains) - waiting):
+            lane = Lane(
+                str(next(self._lane_numbers)), self._make_scheduler, check_integrity=self._settings.check_integrity
+            )
+            self.lanes.append(lane)
+            task = asyncio.create_task(self._keep(lane))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _make_scheduler(self, pipeline: Pipeline) -> Scheduler:
+        return Scheduler(
+            num_blocks=pipeline.num_blocks,
+            block_size_tokens=pipeline.block_size_tokens,
+            max_step_tokens=self._settings.max_step_tokens,
+            max_step_sequences=self._settings.max_step_sequences,
+            max_in_flight=pipeline.max_in_flight,
+            max_waiting_sequences=self._settings.max_waiting_sequences,
+        )
+
+    async def _keep(self, lane: Lane) -> None:
+        """Keep a lane on a pipeline: open one, prove it with a canary, wait until it breaks, begin again.
+
+        A lane without a chain hands its sequences to one that is ready and ends.
+        """
+        retry_s = MIN_RETRY_S
+        while True:
+            stages = self._pick(self._trusted(lane))
+            if stages is None and self._hand_over(lane):
+                return
+            stages = stages or self._pick(self._free(lane))
+            if stages is None:
+                await self.changed.wait()
+                continue
+            lane.stages = stages
+            pipeline = Pipeline(stages, owner_id=self._owner_id, lease_s=self._settings.lease_s)
+            try:
+                await lane.open(pipeline, self._on_draining)
+                await prove(lane, pipeline, self._make_choice, timeout_s=self._settings.canary_timeout_s)
+                lane.state, retry_s = "ready", MIN_RETRY_S
+                self.notify()
+                logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch)
+                await self._until_over(lane, pipeline)
+            except StagelineError as error:
+                logger.warning("pipeline %s: %s: %s", lane.name, error.reason, error.message)
+            except Exception:  # a bug of ours must not end the lane and everything in it
+                logger.exception("pipeline %s: unexpected error", lane.name)
+            finally:
+                lane.detach()
+                await pipeline.close()
+            await self._note_suspects(stages)
+            lane.stages = ()
+            self.notify()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._membership.wait(), retry_s)
+            retry_s = min(2 * retry_s, MAX_RETRY_S)
+
+    async def _until_over(self, lane: Lane, pipeline: Pipeline) -> None:
+        """Raises the cause when the pipeline breaks, STAGE_DRAINING when a stage drains and others can take over."""
+        broken = asyncio.create_task(pipeline.broken.wait())
+        try:
+            while pipeline.cause is None:
+                draining = any(self._suspects.get(stage.incarnation) == math.inf for stage in pipeline.stages)
+                if draining and self._pick(self._trusted(lane)) is not None:
+                    raise UnavailableError("STAGE_DRAINING", "a stage is about to stop, others take over")
+                changed = asyncio.create_task(self.changed.wait())
+                try:
+                    await asyncio.wait({broken, changed}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
+            raise pipeline.cause
+        finally:
+            broken.cancel()
+
+    def _hand_over(self, lane: Lane) -> bool:
+        """Give up a lane that has no replicas while another one is ready: its sequences are computed again there."""
+        ready = [other for other in self.lanes if other is not lane and other.state == "ready"]
+        if not ready:
+            return False
+        self.lanes.remove(lane)
+        for choice in lane.take_all():
+            min(ready, key=lambda other: other.load).adopt(choice)
+        # A suspect that recovers changes no membership, so look again when suspicion has passed.
+        asyncio.get_running_loop().call_later(SUSPECT_S, self._on_membership)
+        return True
+
+    def _on_draining(self, incarnation: str) -> None:
+        self._suspects[incarnation] = math.inf
+        self.notify()
+
+    def _trusted(self, lane: Lane) -> list[ReplicaRecord]:
+        now = time.monotonic()
+        self._suspects = {name: until for name, until in self._suspects.items() if until > now}
+        return [record for record in self._free(lane) if record.incarnation not in self._suspects]
+
+    def _pick(self, candidates: list[ReplicaRecord]) -> Chain | None:
+        chains, _ = chain(candidates, self._fingerprint)
+        return chains[0] if chains else None
+
+    def _free(self, lane: Lane | None) -> list[ReplicaRecord]:
+        """Replicas that no lane uses, or only this one."""
+        used = {stage.incarnation for other in self.lanes if other is not lane for stage in other.stages}
+        return [record for record in self._registry.replicas() if record.incarnation not in used]
+
+    async def _note_suspects(self, stages: Chain) -> None:
+        """Ask each stage of a broken pipeline whether it could be claimed again."""
+        answers = await asyncio.gather(*(describe(s.address, ASK_TIMEOUT_S) for s in stages), return_exceptions=True)
+        for stage, answer in zip(stages, answers, strict=True):
+            if (
+                isinstance(answer, BaseException)
+                or answer.incarnation != stage.incarnation
+                or answer.state == pb.STAGE_STATE_DRAINING
+                or answer.owner_id not in ("", self._owner_id)
+            ):
+                until_s = time.monotonic() + SUSPECT_S
+                self._suspects[stage.incarnation] = max(until_s, self._suspects.get(stage.incarnation, 0.0))
