@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve in the foreground. Returns 0 after SIGINT or SIGTERM."""
     config = _complete(config_from(args))
     stdout = _keep_stdout()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _on_signal)
+    _handle_signals(_on_signal)
     record = None
     try:
         _start(config)
@@ -61,11 +60,15 @@ def run(args: argparse.Namespace) -> int:
         print("stageline: stopping", file=sys.stderr, flush=True)
         return 0
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        _handle_signals(signal.SIG_IGN)
         if record is not None:
             record.unlink(missing_ok=True)
         _shut_down()
+
+
+def _handle_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -149,6 +152,7 @@ def _start(config: Config) -> None:
 
     print("stageline: starting Ray", file=sys.stderr, flush=True)
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
+    _handle_signals(_on_signal)  # ray.init installs its own
     serve.start(http_options={"host": config.server.host, "port": config.server.http_port})
     try:
         serve.run(application(config), name="stageline", route_prefix="/")
