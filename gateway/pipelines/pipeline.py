@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
@@ -85,7 +87,7 @@ class Pipeline:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(self._release(index) for index, epoch in enumerate(self._granted) if epoch))
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
     def _check(self, described: Sequence[pb.DescribeResponse]) -> None:
         first = described[0]
@@ -145,10 +147,8 @@ class Pipeline:
 
     async def _release(self, index: int) -> None:
         request = pb.ReleaseRequest(epoch=self._granted[index], incarnation=self.stages[index].incarnation)
-        try:
+        with contextlib.suppress(grpc.aio.AioRpcError):  # gone, or fenced us already: nothing is left to give back
             await self._stubs[index].Release(request, timeout=RELEASE_TIMEOUT_S)
-        except grpc.aio.AioRpcError:
-            pass  # the stage is gone, or fenced us already: nothing is left to give back
 
     async def _send(self, call: grpc.aio.StreamUnaryCall[bytes, bytes]) -> None:
         while True:
