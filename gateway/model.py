@@ -28,7 +28,8 @@ def load_model(config: Config) -> tuple[ModelInfo, Tokenizer, ChatTemplate | Non
     defaults = dict(checkpoint.generation_config)
     more = defaults.get("eos_token_id")
     more = [] if more is None else more if isinstance(more, list) else [more]
-    template = ChatTemplate(tokenizer.chat_template) if tokenizer.chat_template is not None else None
+    source = tokenizer.chat_template
+    template = ChatTemplate(source, tokenizer.special_tokens) if source is not None else None
     info = ModelInfo(
         name=config.model.name or Path(config.model.path).name,
         fingerprint=checkpoint.fingerprint,

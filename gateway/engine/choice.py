@@ -88,18 +88,16 @@ class ChoiceState:
                 return
 
     def _advance(self, token_id: int, num_output: int) -> _Piece:
-        """Text and stops after one more token; `num_output` counts it. No stop ends the first `min_tokens` tokens, and
-        stop strings are not looked for in their text."""
+        """Text and stops after one more token; `num_output` counts it. Nothing stops the first `min_tokens` tokens."""
         early = num_output <= self.params.min_tokens
         stops = token_id in self._stop_ids and not early
         text = "" if stops and not self.params.include_stop_string else self._detokenizer.append(token_id)
         last = stops or len(self.sequence.prompt_token_ids) + num_output >= self.sequence.max_total_tokens
         if last:
             text += self._detokenizer.finish()
-        if not early:
-            text, matched = self._matcher.append(text)
-            if matched is not None:
-                return _Piece(text, FinishReason.STOP, matched)
+        text, matched = self._matcher.append(text, may_stop=not early)
+        if matched is not None:
+            return _Piece(text, FinishReason.STOP, matched)
         if not last:
             return _Piece(text, None)
         text += self._matcher.finish()

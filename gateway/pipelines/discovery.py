@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import grpc
+import grpc.aio
 
 from stageline.errors import StagelineError, UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
@@ -147,8 +148,7 @@ class Pipeline:
 
     async def _release(self, index: int) -> None:
         request = pb.ReleaseRequest(epoch=self._granted[index], incarnation=self.stages[index].incarnation)
-        # The stage may be gone, or have fenced us already: then nothing is left to give back.
-        with contextlib.suppress(grpc.aio.AioRpcError):
+        with contextlib.suppress(grpc.aio.AioRpcError):  # gone, or fenced us already: nothing is left to give back
             await self._stubs[index].Release(request, timeout=RELEASE_TIMEOUT_S)
 
     async def _send(self, call: grpc.aio.StreamUnaryCall[bytes, bytes]) -> None:

@@ -1,7 +1,8 @@
 """The Jinja environment of chat templates: as transformers sets it up, and bounded.
 
 Templates come with a checkpoint, so they are other people's code. The sandbox keeps them from running anything; the
-budget here keeps them from looping or growing for ever, which would stop the gateway for everyone.
+budget here keeps them from looping or growing for ever, which would stop the gateway for everyone. It counts steps and
+the results of operators; one filter or string method can still allocate much at once (`'x' | center(10 ** 9)`).
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class ToyRunner:
             start, end = batch.query_starts[row : row + 2]
             out[start:end] = prefix_hashes(self._slots[slots].tolist())[length - (end - start) :]
         if not self.model.is_last:
-            return torch.from_numpy(out[:, None])
+            return torch.from_numpy(out).reshape(-1, 1)
         logits = np.zeros((len(batch.output_rows), VOCAB_SIZE), dtype=np.float32)
         for index, row in enumerate(batch.output_rows):
             end = batch.query_starts[row + 1] - 1
@@ -165,7 +165,7 @@ def byte_tokenizer() -> Tokenizer:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     backend.add_special_tokens([tokenizers.AddedToken("<end>", special=True)])
-    return Tokenizer(backend, special_ids=[EOS], chat_template=None)
+    return Tokenizer(backend)
 
 
 def request(prompt: Sequence[int], **changes) -> GenerateRequest:

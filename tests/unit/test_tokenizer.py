@@ -140,6 +140,18 @@ def test_the_default_of_several_chat_templates(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).chat_template == "d"
 
 
+@pytest.mark.parametrize("text", ["<｜end▁of▁turn｜>", "语", "a b", "é!"])
+def test_added_tokens_that_are_not_ascii_decode_as_the_library_has_it(tmp_path: Path, text: str) -> None:
+    first = len(train()[0])
+    write_folder(tmp_path, added_tokens_decoder={str(first): {"content": text, "special": False, "normalized": False}})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode(text) == (first,)
+    ids = [0, first, first]
+    assert tokenizer.decode(ids) == tokenizer._backend.decode(ids, skip_special_tokens=False)
+    # Characters that the byte alphabet has (here é) are bytes, also in an added token: transformers shows U+FFFD too.
+    assert tokenizer.token_bytes(first) == (b"\xe9!" if text == "é!" else text.encode())
+
+
 def test_an_empty_folder_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"expected tokenizer\.json, or vocab\.json and merges\.txt") as caught:
         load_tokenizer(tmp_path)
