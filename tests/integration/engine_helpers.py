@@ -117,7 +117,9 @@ class Cluster:
     stages: list[ToyStage] = field(default_factory=list)
     engine: Engine | None = None
 
-    async def add_stage(self, start: int, end: int, *, num_blocks: int = 64, queue_depth: int = 8, **faults) -> ToyStage:
+    async def add_stage(
+        self, start: int, end: int, *, num_blocks: int = 64, queue_depth: int = 8, **faults
+    ) -> ToyStage:
         """Start a stage and announce it."""
         runner = ToyRunner(LayerRange(start, end), **faults)
         server = StageServer(
@@ -202,7 +204,7 @@ async def collect(engine: Engine, what: GenerateRequest) -> dict[int, Answer]:
 async def until(condition, timeout_s: float = 10.0) -> None:
     """Poll until a condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import random
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ async def cluster():
 
 
 async def ready(cluster: Cluster, cuts: tuple[int, ...] = (0, 2, NUM_LAYERS), settings=None, **options):
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         await cluster.add_stage(start, end, **options)
     engine = await cluster.start(**(settings or {}))
     async with asyncio.timeout(10):
@@ -108,9 +109,9 @@ def ascii_run() -> tuple[list[int], list[int], str]:
 async def test_stop_string_over_several_tokens(cluster, include):
     prompt, tokens, stop = ascii_run()
     engine = await ready(cluster)
-    answer = (
-        await collect(engine, request(prompt, max_tokens=20, stop_strings=(stop,), include_stop_string=include))
-    )[0]
+    answer = (await collect(engine, request(prompt, max_tokens=20, stop_strings=(stop,), include_stop_string=include)))[
+        0
+    ]
     text = byte_tokenizer().decode(tokens)
     end = text.index(stop) + (len(stop) if include else 0)
     assert (answer.text, answer.matched_stop, answer.finish_reason) == (text[:end], stop, FinishReason.STOP)
