@@ -38,12 +38,17 @@ def real(
 def whole(raw: RawRequest, field: str, value: int | None, default: Any, *, low: int = 0, high: int) -> int:
     """An integer in [low, high]. Only a seed has neither value nor default: it is drawn."""
     if value is None and default is None:
-        return secrets.randbits(64)
+        return draw_seed()
     number = int(default if value is None else value)
     if not low <= number <= high:
         expected = f"in [{low}, {high}]"
         fail(raw, field, _reason(field), f"must be {expected}, got {number}", value=number, expected=expected)
     return number
+
+
+def draw_seed() -> int:
+    """A seed for who gave none: 53 bits, which every JSON client reads back exactly."""
+    return secrets.randbits(53)
 
 
 def count_at_most(raw: RawRequest, field: str, count: int, limit: int) -> None:

@@ -104,7 +104,9 @@ async def test_completion_of_lists(client, doors):
     assert answer.usage.prompt_tokens == 3
     assert answer.usage.completion_tokens == 12
     assert sorted(request.sampling.seed for request in doors.engine.requests) == [5, 6]
-    await client.completions.create(model="tiny", prompt=[[1, 2], [3]])
+    answer = await client.completions.create(model="tiny", prompt=[[1, 2], [3]])
+    drawn = answer.model_extra["seed"]
+    assert sorted(request.sampling.seed for request in doors.engine.requests[2:]) == [drawn, drawn + 1]
     assert {request.prompt_token_ids for request in doors.engine.requests[2:]} == {(1, 2), (3,)}
     assert all(request.sampling.max_tokens == 16 for request in doors.engine.requests[2:])
     await client.completions.create(model="tiny", prompt=[7, 8])

@@ -123,7 +123,7 @@ def test_seed_is_kept_or_drawn():
     assert accept(seed=0).sampling.seed == 0
     drawn = {accept().sampling.seed for _ in range(8)}
     assert len(drawn) == 8
-    assert all(0 <= seed < 2**64 for seed in drawn)
+    assert all(0 <= seed < 2**53 for seed in drawn)
 
 
 def test_names_of_the_door_are_used():

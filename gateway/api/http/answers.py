@@ -82,9 +82,9 @@ class ChatWriter(AnswerWriter):
     def _chunk_choice(self, delta: ChoiceDelta, index: int) -> dict[str, Any] | None:
         content: dict[str, str] = {}
         if index not in self._begun:
-            content["role"] = "assistant"
-        if delta.text or not self._begun.issuperset((index,)):
-            content["content"] = delta.text
+            content = {"role": "assistant", "content": delta.text}
+        elif delta.text:
+            content = {"content": delta.text}
         if not content and not delta.logprobs and delta.finish_reason is None:
             return None
         self._begun.add(index)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
+from gateway.api.checks import draw_seed
 from gateway.api.http.schema import NO_OPS, Body, GenerationBody, NoOps
 from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt, TokenPrompt
 from stageline.errors import InvalidArgumentError, UnimplementedError
@@ -34,12 +35,13 @@ class CompletionBody(GenerationBody):
                 "PROMPT_COUNT_OUT_OF_RANGE", f"prompt holds {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}",
                 field="prompt", count=len(prompts), limit=MAX_PROMPTS,
             )  # fmt: skip
+        seed = draw_seed() if self.seed is None else self.seed
         return [
             self.make_raw(
                 prompt,
                 request_id if len(prompts) == 1 else f"{request_id}-{place}",
                 deadline_s,
-                seed=None if self.seed is None else (self.seed + place if self.seed >= 0 else self.seed),
+                seed=seed if seed < 0 else seed + place,
                 max_tokens=self.max_tokens,
                 default_max_tokens=COMPLETION_MAX_TOKENS,
                 num_logprobs=self.logprobs,
