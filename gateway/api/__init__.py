@@ -1,1 +1,1 @@
-"""The doors: gRPC and OpenAI-compatible HTTP, over one frontend."""
+"""The doors: gRPC and OpenAI-compatible HTTP, both in front of one `generate` path (`service.Frontend`)."""

@@ -1,90 +1,147 @@
-"""What both doors do: prompt to ids, ids to a request, a request to deltas."""
+"""The one generate path behind every door: prompt → token ids → checked request → engine → deltas."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Protocol
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
-from gateway.api.validate import RawParams, check_num_choices, check_prompt, sampling_params
+from gateway.api.checks import check_token_ids
+from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt
+from gateway.api.validate import check_served, validate
 from gateway.tokenizer import ChatTemplate, Tokenizer
-from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
-from stageline.errors import InvalidArgumentError, NotFoundError
+from gateway.types import (
+    ChoiceDelta,
+    FinishReason,
+    GenerateRequest,
+    ModelInfo,
+    PipelineStatus,
+    ReplicaStatus,
+    TokenLogprobs,
+)
+from stageline.errors import FailedPreconditionError
 
-MAX_REQUEST_ID_CHARS = 128
+# Longer texts are tokenized on a thread (the tokenizer releases the GIL), so that they do not hold up the streams.
+LONG_TEXT_CHARS = 16_384
 
 
 class EngineLike(Protocol):
     """What the doors need of the engine."""
 
-    def ready(self) -> bool:
-        """Whether requests are served now."""
+    def generate(self, request: GenerateRequest) -> AsyncIterator[ChoiceDelta]:
+        """An async generator of deltas; closing it cancels the request."""
+        ...
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[ChoiceDelta, None]:
-        """Deltas of all choices; closing it cancels."""
+    def ready(self) -> bool:
+        """Whether some pipeline can serve."""
+        ...
 
     def pipelines(self) -> tuple[PipelineStatus, ...]:
-        """For status."""
+        """All pipelines."""
+        ...
 
     def spares(self) -> tuple[ReplicaStatus, ...]:
-        """For status."""
+        """Replicas in no pipeline."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request that passed its door. `created_s`: seconds since the epoch."""
+
+    request: GenerateRequest
+    created_s: int
 
 
 class Frontend:
-    """One model behind both doors."""
+    """Everything a door calls. Lives on the engine's event loop."""
 
     def __init__(
-        self, engine: EngineLike, tokenizer: Tokenizer, template: ChatTemplate | None, model: ModelInfo
+        self, engine: EngineLike, tokenizer: Tokenizer, chat_template: ChatTemplate | None, model: ModelInfo
     ) -> None:
-        self.engine, self.tokenizer, self.template, self.model = engine, tokenizer, template, model
+        self.engine, self.tokenizer, self.chat_template, self.model = engine, tokenizer, chat_template, model
+        self.started_s = int(time.time())
 
-    def check_model(self, name: str | None) -> None:
-        """Raise NotFoundError for another model than the one served."""
-        if name and name != self.model.name:
-            raise NotFoundError(
-                "MODEL_NOT_FOUND", f"model {name!r} is not served here; this server has {self.model.name!r}",
-                field="model", model=name,
-            )  # fmt: skip
+    async def accept(self, raw: RawRequest) -> Accepted:
+        """Check and tokenize. Raises what `check_served`, `encode` and `validate` raise."""
+        check_served(raw, self.model)
+        assert raw.prompt is not None
+        token_ids, _ = await self.encode(raw.prompt)
+        return Accepted(validate(raw, token_ids, self.model), int(time.time()))
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt of a conversation. Raises InvalidArgumentError where the model has no chat template."""
-        if self.template is None:
-            raise InvalidArgumentError(
+    async def encode(self, prompt: Prompt) -> tuple[tuple[int, ...], str]:
+        """Token ids and the text they came from ("" for a prompt of ids).
+
+        Raises FailedPreconditionError without a chat template, and InvalidArgumentError for text that is not Unicode,
+        an unknown role, or messages that the template refuses.
+        """
+        if isinstance(prompt, ChatPrompt):
+            text = self._render(prompt)
+        elif isinstance(prompt, TextPrompt):
+            text = prompt.text
+        else:
+            return tuple(prompt.token_ids), ""
+        if len(text) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(self.tokenizer.encode, text), text
+        return self.tokenizer.encode(text), text
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
+        """Text of token ids. Raises InvalidArgumentError that names `field` for an id out of range."""
+        check_token_ids(token_ids, self.model.vocab_size, field)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    async def stream(self, accepted: Accepted) -> AsyncGenerator[ChoiceDelta]:
+        """Deltas as they come. Close it (aclosing) to cancel the request."""
+        # The engine returns an async generator; the protocol of two parts says only what both need.
+        deltas = cast("AsyncGenerator[ChoiceDelta]", self.engine.generate(accepted.request))
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield delta
+
+    async def collect(self, accepted: Accepted) -> list[ChoiceDelta]:
+        """The whole answer: one delta a choice, in order of index."""
+        choices: dict[int, _Collected] = {}
+        async with aclosing(self.stream(accepted)) as deltas:
+            async for delta in deltas:
+                choices.setdefault(delta.index, _Collected()).add(delta)
+        return [choices[index].whole(index) for index in sorted(choices)]
+
+    def _render(self, prompt: ChatPrompt) -> str:
+        if self.chat_template is None:
+            raise FailedPreconditionError(
                 "NO_CHAT_TEMPLATE",
-                "this model has no chat template (it is a base model): send a plain prompt, or serve an Instruct model",
-                field="messages",
-            )
-        return self.template.render(messages)
-
-    def request(
-        self,
-        prompt: str | Sequence[int],
-        raw: RawParams,
-        *,
-        num_choices: int = 1,
-        request_id: str = "",
-        deadline_s: float | None = None,
-        default_max_tokens: int | None = None,
-        resume: tuple[Sequence[int], int] | None = None,
-    ) -> GenerateRequest:
-        """A checked request. `resume` is (tokens the client already has, choice index). Raises InvalidArgumentError."""
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
-        check_prompt(token_ids, self.model)
-        if len(request_id) > MAX_REQUEST_ID_CHARS:
-            raise InvalidArgumentError(
-                "REQUEST_ID_TOO_LONG", f"request_id may have {MAX_REQUEST_ID_CHARS} characters, got {len(request_id)}",
-                field="request_id",
+                f"model {self.model.name!r} has no chat template; send the prompt as text or token ids",
+                field="messages", model=self.model.name,
             )  # fmt: skip
-        sampling = sampling_params(raw, self.model, prompt_tokens=len(token_ids), default_max_tokens=default_max_tokens)
-        resumed, first_choice = resume or ((), 0)
-        if resumed:
-            check_prompt(resumed, self.model)
-        return GenerateRequest(
-            request_id=request_id or f"req-{uuid.uuid4().hex}",
-            prompt_token_ids=token_ids,
-            sampling=sampling,
-            num_choices=check_num_choices(num_choices),
-            first_choice=first_choice,
-            resume_token_ids=tuple(resumed),
-            deadline_s=deadline_s,
+        return self.chat_template.render(prompt.messages)
+
+
+@dataclass(slots=True)
+class _Collected:
+    """Deltas of one choice, put together."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    matched_stop: str = ""
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+        self.matched_stop = delta.matched_stop
+
+    def whole(self, index: int) -> ChoiceDelta:
+        return ChoiceDelta(
+            index=index,
+            text="".join(self.texts),
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            matched_stop=self.matched_stop,
         )

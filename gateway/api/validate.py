@@ -1,163 +1,195 @@
-"""Raw fields of a request, from either door, to checked parameters. Nothing is clipped and nothing is ignored."""
+"""From raw fields to a request that the engine can trust: every rule of the public protocol, once for all doors.
+
+Pure: a function of the raw request, the prompt's token ids and ModelInfo, but for a seed that is drawn where none was
+given. Every error names the field as the client wrote it, the value, and what was expected.
+"""
 
 from __future__ import annotations
 
-import math
-import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import uuid
+from typing import Any
 
-from gateway.types import ModelInfo, SamplingParams
-from stageline.errors import InvalidArgumentError
+from gateway.api.checks import check_token_ids, count_at_most, fail, real, shown_name, whole
+from gateway.api.raw import RawRequest, RawResume
+from gateway.types import GenerateRequest, ModelInfo, SamplingParams
+from stageline.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError
 
+MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
-MAX_CHOICES = 128
+MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_REQUEST_ID_CHARS = 128
+MAX_SEED = 2**64 - 1
 
 
-@dataclass(slots=True, kw_only=True)
-class RawParams:
-    """Sampling fields as a client sent them; None is unset and takes the model's default."""
+def check_served(raw: RawRequest, model: ModelInfo) -> None:
+    """What can be refused before the prompt is tokenized.
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop_strings: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    include_stop_string: bool = False
-    num_logprobs: int | None = None
-    skip_special_tokens: bool = True
-
-
-def check_prompt(token_ids: Sequence[int], model: ModelInfo) -> None:
-    """Raise InvalidArgumentError for an empty prompt, ids out of range, or a prompt that leaves no room for an answer."""
-    if not token_ids:
-        raise InvalidArgumentError("PROMPT_EMPTY", "the prompt must hold at least one token", field="prompt")
-    for index, token_id in enumerate(token_ids):
-        if not 0 <= token_id < model.vocab_size:
-            raise InvalidArgumentError(
-                "TOKEN_ID_OUT_OF_RANGE", f"prompt token {index} is {token_id}, expected 0 to {model.vocab_size - 1}",
-                field="prompt", index=index, token_id=token_id,
-            )  # fmt: skip
-    if len(token_ids) >= model.max_context_tokens:
-        raise InvalidArgumentError(
-            "PROMPT_TOO_LONG",
-            f"the prompt has {len(token_ids)} tokens; with at least one token of answer it must stay within the context of "
-            f"{model.max_context_tokens}: shorten it",
-            field="prompt", prompt_tokens=len(token_ids), max_context_tokens=model.max_context_tokens,
-        )  # fmt: skip
-
-
-def sampling_params(
-    raw: RawParams, model: ModelInfo, *, prompt_tokens: int, default_max_tokens: int | None
-) -> SamplingParams:
-    """Complete from generation_config.json, check every field, draw a seed where there is none.
-
-    `default_max_tokens` None means what is left of the context. Raises InvalidArgumentError naming the field.
+    Raises NotFoundError for another model, UnimplementedError for a documented field that is not served, and
+    InvalidArgumentError for no prompt or a name that is too long.
     """
-    defaults = model.generation_defaults
-    greedy = defaults.get("do_sample") is False
-
-    def pick(name: str, given: float | None, fallback: float) -> float:
-        value = given if given is not None else defaults.get(name)
-        return fallback if value is None else float(value)  # type: ignore[arg-type]
-
-    room = model.max_context_tokens - prompt_tokens
-    max_tokens = raw.max_tokens if raw.max_tokens is not None else min(room, default_max_tokens or room)
-    _range("max_tokens", max_tokens, 1, math.inf)
-    if max_tokens > room:
-        raise InvalidArgumentError(
-            "MAX_TOKENS_TOO_LARGE",
-            f"prompt ({prompt_tokens} tokens) + max_tokens ({max_tokens}) exceed the context of {model.max_context_tokens}",
-            field="max_tokens", prompt_tokens=prompt_tokens, max_tokens=max_tokens,
-            max_context_tokens=model.max_context_tokens,
+    if raw.model not in (None, "", model.name):
+        raise NotFoundError(
+            "MODEL_NOT_FOUND", f"model {raw.model!r} is not served here; this server has {model.name!r}",
+            field=shown_name(raw, "model"), model=raw.model, served=model.name,
         )  # fmt: skip
-    min_tokens = raw.min_tokens or 0
-    _range("min_tokens", min_tokens, 0, max_tokens)
-    if raw.num_logprobs is not None:
-        _range("num_logprobs", raw.num_logprobs, 0, MAX_LOGPROBS)
-    seed = raw.seed if raw.seed is not None else secrets.randbits(63)
-    return SamplingParams(
-        temperature=_range(
-            "temperature",
-            pick("temperature", raw.temperature, 1.0) if not greedy or raw.temperature is not None else 0.0,
-            0,
-            1e4,
-        ),
-        top_p=_range("top_p", pick("top_p", raw.top_p, 1.0), 0, 1, open_low=True),
-        top_k=int(_range("top_k", pick("top_k", raw.top_k, 0), 0, math.inf)),
-        min_p=_range("min_p", pick("min_p", raw.min_p, 0.0), 0, 1),
-        repetition_penalty=_range(
-            "repetition_penalty", pick("repetition_penalty", raw.repetition_penalty, 1.0), 0, 1e4, open_low=True
-        ),
-        frequency_penalty=_range("frequency_penalty", raw.frequency_penalty or 0.0, -2, 2),
-        presence_penalty=_range("presence_penalty", raw.presence_penalty or 0.0, -2, 2),
-        logit_bias=_logit_bias(raw.logit_bias, model),
-        seed=int(_range("seed", seed, 0, 2**64 - 1)),
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        stop_strings=_stop_strings(raw.stop_strings),
-        stop_token_ids=_stop_ids(raw.stop_token_ids, model),
-        eos_token_ids=() if raw.ignore_eos else model.eos_token_ids,
-        include_stop_string=raw.include_stop_string,
-        num_logprobs=raw.num_logprobs,
-        skip_special_tokens=raw.skip_special_tokens,
+    for name, value, idle in (("num_prompt_logprobs", raw.num_prompt_logprobs, None), ("priority", raw.priority, 0)):
+        if value is not None and value != idle:
+            shown = shown_name(raw, name)
+            raise UnimplementedError(
+                "PARAMETER_NOT_SERVED", f"{shown} is not served yet; leave it out", field=shown, value=value
+            )
+    if raw.prompt is None:
+        fail(raw, "prompt", "PROMPT_MISSING", "is required: text, token ids or a conversation")
+    if len(raw.request_id) > MAX_REQUEST_ID_CHARS:
+        fail(
+            raw, "request_id", "REQUEST_ID_TOO_LONG", f"has {len(raw.request_id)} characters, the limit is "
+            f"{MAX_REQUEST_ID_CHARS}", length=len(raw.request_id), limit=MAX_REQUEST_ID_CHARS,
+        )  # fmt: skip
+
+
+def validate(raw: RawRequest, prompt_token_ids: tuple[int, ...], model: ModelInfo) -> GenerateRequest:
+    """The request, complete. Raises InvalidArgumentError, or FailedPreconditionError for a resume of another model."""
+    _check_prompt(raw, prompt_token_ids, model)
+    num_choices = whole(raw, "num_choices", raw.num_choices, 1, low=1, high=MAX_CHOICES)
+    resume = _check_resume(raw, raw.resume, num_choices, model) if raw.resume is not None else None
+    sampling = _sampling_params(raw, len(prompt_token_ids), model, None if resume is None else resume.seed)
+    if resume is not None and len(resume.token_ids) > sampling.max_tokens:
+        fail(
+            raw, "resume.token_ids", "RESUME_TOO_LONG",
+            f"has {len(resume.token_ids)} tokens, more than max_tokens ({sampling.max_tokens})",
+            length=len(resume.token_ids), max_tokens=sampling.max_tokens,
+        )  # fmt: skip
+    return GenerateRequest(
+        request_id=raw.request_id or uuid.uuid4().hex,
+        prompt_token_ids=prompt_token_ids,
+        sampling=sampling,
+        num_choices=num_choices,
+        first_choice=0 if resume is None else resume.choice_index,
+        resume_token_ids=() if resume is None else tuple(resume.token_ids),
+        deadline_s=raw.deadline_s,
     )
 
 
-def check_num_choices(count: int) -> int:
-    """Answers a request may ask for."""
-    return int(_range("n", count, 1, MAX_CHOICES))
+def _sampling_params(raw: RawRequest, num_prompt: int, model: ModelInfo, resume_seed: int | None) -> SamplingParams:
+    max_tokens = _max_tokens(raw, num_prompt, model)
+    stop_token_ids = tuple(dict.fromkeys(raw.stop_token_ids))
+    count_at_most(raw, "stop_token_ids", len(stop_token_ids), MAX_STOP_TOKEN_IDS)
+    check_token_ids(stop_token_ids, model.vocab_size, shown_name(raw, "stop_token_ids"))
+    count_at_most(raw, "stop_strings", len(raw.stop_strings), MAX_STOP_STRINGS)
+    if "" in raw.stop_strings:
+        fail(raw, "stop_strings", "STOP_STRING_EMPTY", "holds an empty string, which would stop at once; leave it out")
+    num_logprobs = raw.num_logprobs
+    if num_logprobs is not None:
+        num_logprobs = whole(raw, "num_logprobs", num_logprobs, 0, high=min(MAX_LOGPROBS, model.vocab_size))
+    seed = whole(raw, "seed", raw.seed, resume_seed, high=MAX_SEED)
+    default = model.generation_defaults
+    greedy = default.get("do_sample") is False
+    return SamplingParams(
+        temperature=real(raw, "temperature", raw.temperature, 0.0 if greedy else default.get("temperature"), 1.0),
+        top_p=real(raw, "top_p", raw.top_p, default.get("top_p"), 1.0, high=1.0, above_low=True),
+        top_k=whole(raw, "top_k", raw.top_k, default.get("top_k") or 0, high=2**31 - 1),
+        min_p=real(raw, "min_p", raw.min_p, default.get("min_p"), 0.0, high=1.0),
+        repetition_penalty=real(
+            raw, "repetition_penalty", raw.repetition_penalty, default.get("repetition_penalty"), 1.0, above_low=True
+        ),
+        frequency_penalty=real(raw, "frequency_penalty", raw.frequency_penalty, None, 0.0, low=-2.0, high=2.0),
+        presence_penalty=real(raw, "presence_penalty", raw.presence_penalty, None, 0.0, low=-2.0, high=2.0),
+        logit_bias=_logit_bias(raw, model.vocab_size),
+        seed=seed,
+        max_tokens=max_tokens,
+        min_tokens=_min_tokens(raw, max_tokens),
+        stop_strings=tuple(raw.stop_strings),
+        stop_token_ids=stop_token_ids,
+        eos_token_ids=() if raw.ignore_eos else end_token_ids(model),
+        include_stop_string=bool(raw.include_stop_string),
+        num_logprobs=num_logprobs,
+        skip_special_tokens=raw.skip_special_tokens is not False,
+    )
 
 
-def _range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
-    inside = low < value <= high if open_low else low <= value <= high
-    if not inside or not math.isfinite(value):
-        bound = f"over {low:g}" if open_low else f"at least {low:g}"
-        upper = "" if high == math.inf else f" and at most {high:g}"
-        raise InvalidArgumentError(
-            "OUT_OF_RANGE", f"{name} must be {bound}{upper}, got {value}", field=name, value=value, low=low, high=high
-        )
-    return value
+def end_token_ids(model: ModelInfo) -> tuple[int, ...]:
+    """The model's own end tokens and those of generation_config.json (`eos_token_id`: one id, or a list)."""
+    more: Any = model.generation_defaults.get("eos_token_id")
+    more = [] if more is None else more if isinstance(more, list | tuple) else [more]
+    return tuple(dict.fromkeys([*model.eos_token_ids, *more]))
 
 
-def _logit_bias(bias: Mapping[int, float], model: ModelInfo) -> tuple[tuple[int, float], ...]:
-    _range("logit_bias entries", len(bias), 0, MAX_LOGIT_BIAS)
-    for token_id, value in bias.items():
-        if not 0 <= token_id < model.vocab_size:
-            raise InvalidArgumentError(
-                "TOKEN_ID_OUT_OF_RANGE", f"logit_bias: token id {token_id} is not in 0 to {model.vocab_size - 1}",
-                field="logit_bias", token_id=token_id,
+def _check_prompt(raw: RawRequest, token_ids: tuple[int, ...], model: ModelInfo) -> None:
+    if not token_ids:
+        fail(raw, "prompt", "PROMPT_EMPTY", "is empty; send at least one token")
+    check_token_ids(token_ids, model.vocab_size, shown_name(raw, "prompt"))
+    if len(token_ids) >= model.max_context_tokens:
+        fail(
+            raw, "prompt", "CONTEXT_LENGTH_EXCEEDED",
+            f"has {len(token_ids)} tokens; prompt and answer together have at most {model.max_context_tokens}",
+            prompt_tokens=len(token_ids), max_context_tokens=model.max_context_tokens,
+        )  # fmt: skip
+
+
+def _max_tokens(raw: RawRequest, num_prompt: int, model: ModelInfo) -> int:
+    left = model.max_context_tokens - num_prompt
+    if raw.max_tokens is None:
+        return left if raw.default_max_tokens is None else min(left, raw.default_max_tokens)
+    asked = whole(raw, "max_tokens", raw.max_tokens, None, low=1, high=2**31 - 1)
+    if asked > left:
+        fail(
+            raw, "max_tokens", "CONTEXT_LENGTH_EXCEEDED",
+            f"is {asked}, and the prompt has {num_prompt} tokens; together at most {model.max_context_tokens} "
+            f"(max_tokens at most {left} for this prompt)",
+            value=asked, prompt_tokens=num_prompt, max_context_tokens=model.max_context_tokens,
+        )  # fmt: skip
+    return asked
+
+
+def _min_tokens(raw: RawRequest, max_tokens: int) -> int:
+    asked = whole(raw, "min_tokens", raw.min_tokens, 0, high=2**31 - 1)
+    if asked > max_tokens:
+        fail(
+            raw, "min_tokens", "MIN_TOKENS_OUT_OF_RANGE", f"is {asked}, more than max_tokens ({max_tokens})",
+            value=asked, max_tokens=max_tokens,
+        )  # fmt: skip
+    return asked
+
+
+def _logit_bias(raw: RawRequest, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    count_at_most(raw, "logit_bias", len(raw.logit_bias), MAX_LOGIT_BIAS)
+    shown = shown_name(raw, "logit_bias")
+    for token_id, value in raw.logit_bias.items():
+        if not 0 <= token_id < vocab_size:
+            fail(
+                raw, "logit_bias", "TOKEN_ID_OUT_OF_RANGE", f"names token id {token_id}; ids are in [0, {vocab_size})",
+                value=token_id, vocab_size=vocab_size,
             )  # fmt: skip
-        _range("logit_bias", value, -100, 100)
-    return tuple(sorted(bias.items()))
-
-
-def _stop_strings(stops: Sequence[str]) -> tuple[str, ...]:
-    if len(stops) > MAX_STOP_STRINGS or not all(stops):
-        raise InvalidArgumentError(
-            "STOP_INVALID",
-            f"stop takes at most {MAX_STOP_STRINGS} strings, none of them empty; got {len(stops)}",
-            field="stop",
-        )
-    return tuple(stops)
-
-
-def _stop_ids(token_ids: Sequence[int], model: ModelInfo) -> tuple[int, ...]:
-    for token_id in token_ids:
-        if not 0 <= token_id < model.vocab_size:
+        if not -100 <= value <= 100:  # false for NaN too
             raise InvalidArgumentError(
-                "TOKEN_ID_OUT_OF_RANGE", f"stop_token_ids: {token_id} is not in 0 to {model.vocab_size - 1}",
-                field="stop_token_ids", token_id=token_id,
+                "LOGIT_BIAS_OUT_OF_RANGE", f"{shown}[{token_id}] must be in [-100, 100], got {value}",
+                field=f"{shown}[{token_id}]", value=value,
             )  # fmt: skip
-    return tuple(token_ids)
+    return tuple(sorted(raw.logit_bias.items()))
+
+
+def _check_resume(raw: RawRequest, resume: RawResume, num_choices: int, model: ModelInfo) -> RawResume:
+    if resume.model_fingerprint != model.fingerprint:
+        raise FailedPreconditionError(
+            "MODEL_FINGERPRINT_MISMATCH",
+            f"the generation was begun by model {resume.model_fingerprint!r}, this server has {model.fingerprint!r}; "
+            "begin again",
+            field=shown_name(raw, "resume.model_fingerprint"), value=resume.model_fingerprint, served=model.fingerprint,
+        )  # fmt: skip
+    if num_choices != 1:
+        fail(
+            raw,
+            "num_choices",
+            "RESUME_ONE_CHOICE",
+            f"is {num_choices}; a resume continues exactly one",
+            value=num_choices,
+        )
+    if raw.seed not in (None, resume.seed):
+        fail(raw, "seed", "RESUME_SEED_MISMATCH", f"is {raw.seed}, the resumed generation has {resume.seed}",
+              value=raw.seed, expected=resume.seed)  # fmt: skip
+    whole(raw, "resume.seed", resume.seed, None, high=MAX_SEED)
+    whole(raw, "resume.choice_index", resume.choice_index, None, high=MAX_CHOICES - 1)
+    check_token_ids(resume.token_ids, model.vocab_size, shown_name(raw, "resume.token_ids"))
+    return resume

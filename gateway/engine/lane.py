@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
+from collections.abc import Callable, Mapping
 
 from gateway.engine.choice import ChoiceState
+from gateway.engine.step import build_step
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from gateway.pipelines.pipeline import Pipeline
-from gateway.sampling import choose, make_sampling
-from gateway.scheduler import MicroBatch, ScheduledRow, Scheduler
+from gateway.sampling import choose
+from gateway.scheduler import MicroBatch, Scheduler
 from gateway.types import PipelineStatus, ReplicaStatus
 from stageline.errors import InternalError, ResourceExhaustedError, StagelineError, UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
-
-logger = logging.getLogger("stageline.gateway")
 
 
 class Lane:
@@ -118,7 +114,7 @@ class Lane:
             return
         while (batch := self.scheduler.schedule()) is not None:
             self._sent[batch.step_id] = batch
-            self.pipeline.send(self._step(batch))
+            self.pipeline.send(build_step(batch, self._choices))
 
     def status(self) -> PipelineStatus:
         """For `stageline status`."""
@@ -132,32 +128,6 @@ class Lane:
             num_free_blocks=scheduler.num_free_blocks if scheduler else 0,
             num_running_sequences=scheduler.num_running if scheduler else 0,
             num_waiting_sequences=scheduler.num_waiting if scheduler else 0,
-        )
-
-    def _step(self, batch: MicroBatch) -> pb.Step:
-        step = pb.Step(step_id=batch.step_id, released_sequence_ids=batch.released_sequence_ids)
-        step.token_ids = _int32([token for row in batch.rows for token in row.token_ids])
-        for scheduled in batch.rows:
-            row = step.rows.add(
-                sequence_id=scheduled.sequence.sequence_id,
-                num_tokens=scheduled.num_tokens,
-                context_len=scheduled.context_len,
-                block_table=_int32(scheduled.block_table),
-            )
-            if scheduled.wants_output:
-                row.sampling.CopyFrom(self._sampling(scheduled))
-        return step
-
-    def _sampling(self, row: ScheduledRow) -> pb.Sampling:
-        choice = self._choices[row.sequence.sequence_id]
-        register = row.needs_registration and choice.params.has_penalties()
-        output = tuple(row.sequence.output_token_ids[: row.output_position])
-        return make_sampling(
-            choice.params,
-            choice_index=choice.index,
-            output_position=row.output_position,
-            suppressed=choice.suppressed(row.output_position),
-            registration=(row.sequence.prompt_token_ids, output) if register else None,
         )
 
     def _on_result(self, result: pb.StepResult) -> None:
@@ -198,9 +168,15 @@ class Lane:
         self.scheduler.complete(batch.step_id, {sequence_id: c.token_id for sequence_id, c in chosen.items()})
         for sequence_id, token in chosen.items():
             choice = self._choices[sequence_id]
-            if choice.append(token.token_id, token.logprobs):
-                del self._choices[sequence_id]
-                self.scheduler.finish(sequence_id)
+            try:
+                ended = choice.append(token.token_id, token.logprobs)
+            except StagelineError as error:
+                choice.fail(
+                    InternalError("TOKEN_UNKNOWN", f"the model chose what its tokenizer does not know: {error}")
+                )
+                ended = True
+            if ended:
+                self._drop(choice)
 
 
 def _result(results: Mapping[int, pb.RowResult], sequence_id: int) -> pb.RowResult:
@@ -218,7 +194,3 @@ def replica_status(record: ReplicaRecord, state: str) -> ReplicaStatus:
         state=state,
         layers=f"{record.start_layer}-{record.end_layer}",
     )
-
-
-def _int32(values: Sequence[int]) -> bytes:
-    return np.array(values, dtype="<i4").tobytes()

@@ -69,9 +69,12 @@ class Pipeline:
             await self._connect()
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
+        except TimeoutError:
+            raise UnavailableError("WATCH_TIMEOUT", f"a stage did not answer within {RPC_TIMEOUT_S} s") from None
         first, last = self.stages[0], self.stages[-1]
-        method: Any = self._channels[0].stream_unary(FORWARD, request_serializer=None, response_deserializer=None)
-        forward = method(metadata=epoch_metadata(self.epoch, first.incarnation))
+        forward = self._channels[0].stream_unary(FORWARD, request_serializer=None, response_deserializer=None)(
+            metadata=epoch_metadata(self.epoch, first.incarnation)  # type: ignore[call-arg]
+        )
         results = self._channels[-1].unary_stream(RESULTS, request_serializer=None, response_deserializer=None)(
             b"", metadata=epoch_metadata(self.epoch, last.incarnation)
         )
@@ -129,11 +132,8 @@ class Pipeline:
             for stage, stub in zip(self.stages, self._stubs, strict=True)
         ]
         for call, stage in zip(calls, self.stages, strict=True):
-            try:
-                first = await asyncio.wait_for(call.read(), RPC_TIMEOUT_S)
-            except TimeoutError:
-                first = _EOF
-            if first is _EOF:
+            first = await asyncio.wait_for(call.read(), RPC_TIMEOUT_S)
+            if not isinstance(first, pb.WatchResponse):
                 raise UnavailableError(
                     "WATCH_ENDED", f"the stage at {stage.address} could not be watched", address=stage.address
                 )
@@ -180,8 +180,7 @@ class Pipeline:
         stage: ReplicaRecord,
         on_draining: OnDraining,
     ) -> None:
-        while (event := await call.read()) is not _EOF:
-            assert isinstance(event, pb.WatchResponse)
+        while isinstance(event := await call.read(), pb.WatchResponse):  # else the end of the stream
             if event.HasField("link_broken"):
                 link = event.link_broken
                 raise UnavailableError(

@@ -204,7 +204,7 @@ async def collect(engine: Engine, what: GenerateRequest) -> dict[int, Answer]:
 async def until(condition, timeout_s: float = 10.0) -> None:
     """Poll until a condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - conditions of another object have no event
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 

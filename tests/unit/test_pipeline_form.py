@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +36,7 @@ def test_chains_cover_and_share_nothing(replicas: list[ReplicaRecord]) -> None:
     for found in chains:
         assert found[0].start_layer == 0
         assert found[-1].end_layer == 8
-        assert all(a.end_layer == b.start_layer for a, b in itertools.pairwise(found))
+        assert all(a.end_layer == b.start_layer for a, b in pairwise(found))
     used = [record for found in chains for record in found]
     assert sorted(r.incarnation for r in [*used, *spares]) == sorted(
         r.incarnation for r in replicas if r.fingerprint == "a"
@@ -53,7 +54,7 @@ def test_the_order_of_the_members_does_not_matter(replicas: list[ReplicaRecord],
 @given(st.lists(st.integers(1, 7), unique=True), st.integers(1, 4), st.randoms())
 def test_equal_cuts_give_as_many_chains_as_there_are_copies(cuts: list[int], copies: int, rng: random.Random) -> None:
     bounds = [0, *sorted(cuts), 8]
-    replicas = [replica(a, b, i) for i in range(copies) for a, b in itertools.pairwise(bounds)]
+    replicas = [replica(a, b, i) for i in range(copies) for a, b in pairwise(bounds)]
     lost = rng.choice(replicas)
     assert len(chain(replicas, "a")[0]) == copies
     assert len(chain([r for r in replicas if r != lost], "a")[0]) == copies - 1

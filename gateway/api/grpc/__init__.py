@@ -1,1 +1,1 @@
-"""The public gRPC door."""
+"""The gRPC door: `InferenceService`, `grpc.health.v1` and reflection on the gateway's own port."""

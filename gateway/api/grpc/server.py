@@ -1,188 +1,99 @@
-"""InferenceService on its own port, with health and reflection. Deadlines and cancellation reach the scheduler."""
+"""The public gRPC server: InferenceService, health that follows the engine, reflection."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from grpc_status import rpc_status
 
-from gateway.api.grpc.convert import to_delta, to_model, to_prompt, to_request, to_start
+from gateway.api.grpc.interceptor import TypedErrors
+from gateway.api.grpc.servicer import InferenceServicer
 from gateway.api.service import Frontend
-from gateway.types import ChoiceDelta, GenerateRequest
-from stageline.errors import ConfigError, InternalError, InvalidArgumentError, StagelineError
-from stageline.grpc_errors import to_status
-from stageline.inference.v1 import generation_pb2 as gen
+from stageline.errors import ConfigError
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-MAX_MESSAGE_BYTES = 16 << 20
+MAX_MESSAGE_BYTES = 16 * 2**20  # a prompt of 131,072 ids is half a MiB; as text, a few MiB
 HEALTH_PERIOD_S = 0.1
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server that takes half the calls
+    # Find dead clients behind silent networks: their sequences hold KV blocks.
+    ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients may ping as often as every 10 s, streaming or idle.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 4),
 )
 
 
-class GrpcDoor(pb_grpc.InferenceServiceServicer):
-    """The service and the server it runs on."""
+class GrpcServer:
+    """A running server. `port` is the one that was bound, also where 0 was asked for."""
 
-    def __init__(self, frontend: Frontend) -> None:
-        self._frontend = frontend
-        self._server = grpc.aio.server(options=OPTIONS)
-        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._task: asyncio.Task[None] | None = None
+    def __init__(self, server: grpc.aio.Server, port: int, health_servicer: Any) -> None:
+        self.port = port
+        self._server, self._health = server, health_servicer
+        self._health_task: asyncio.Task[None] | None = None
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port. Raises ConfigError where it is taken."""
-        pb_grpc.add_InferenceServiceServicer_to_server(self, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        try:
-            port = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError:
-            raise ConfigError(
-                "PORT_IN_USE", f"gRPC cannot listen on {host}:{port}; stop what listens there or choose another port",
-                field="server.grpc_port", port=port,
-            ) from None  # fmt: skip
-        await self._set_health()
-        await self._server.start()
-        self._task = asyncio.create_task(self._keep_health())
-        return port
+    def follow(self, ready: Callable[[], bool]) -> None:
+        """Keep the health service at what `ready` says."""
+        self._health_task = asyncio.create_task(self._follow(ready))
 
-    async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, give running ones `grace_s` seconds."""
-        if self._task is not None:
-            self._task.cancel()
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Report NOT_SERVING, take no new calls, give running ones `grace_s` seconds, then cancel them."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.gather(self._health_task, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
-        """See InferenceService."""
-        try:
-            parsed = self._parse(request.generation, context)
-            choices: dict[int, gen.ChoiceDelta] = {}
-            tokens = 0
-            async with aclosing(self._deltas(parsed)) as deltas:
-                async for delta in deltas:
-                    tokens += len(delta.token_ids)
-                    whole = choices.setdefault(delta.index, gen.ChoiceDelta(index=delta.index))
-                    _append(whole, to_delta(self._frontend, delta))
-            return pb.GenerateResponse(
-                start=to_start(self._frontend, parsed),
-                choices=[choices[index] for index in sorted(choices)],
-                usage=_usage(parsed, tokens),
-            )
-        except StagelineError as error:
-            await abort(context, error)
-        raise AssertionError("abort does not return")
-
-    async def StreamGenerate(
-        self, request: pb.StreamGenerateRequest, context: Any
-    ) -> AsyncIterator[pb.StreamGenerateResponse]:
-        """See InferenceService."""
-        try:
-            parsed = self._parse(request.generation, context)
-            yield pb.StreamGenerateResponse(start=to_start(self._frontend, parsed))
-            tokens = 0
-            async with aclosing(self._deltas(parsed)) as deltas:
-                async for delta in deltas:
-                    tokens += len(delta.token_ids)
-                    yield pb.StreamGenerateResponse(choices=[to_delta(self._frontend, delta)])
-            yield pb.StreamGenerateResponse(usage=_usage(parsed, tokens))
-        except StagelineError as error:
-            await abort(context, error)
-
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
-        """See InferenceService."""
-        try:
-            text = to_prompt(self._frontend, request)
-            assert isinstance(text, str)
-            return pb.TokenizeResponse(token_ids=self._frontend.tokenizer.encode(text), text=text)
-        except StagelineError as error:
-            await abort(context, error)
-        raise AssertionError("abort does not return")
-
-    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
-        """See InferenceService."""
-        try:
-            for index, token_id in enumerate(request.token_ids):
-                if token_id >= self._frontend.model.vocab_size:
-                    raise InvalidArgumentError(
-                        "TOKEN_ID_OUT_OF_RANGE",
-                        f"token_ids[{index}] is {token_id}, expected less than {self._frontend.model.vocab_size}",
-                        field="token_ids", index=index, token_id=token_id,
-                    )  # fmt: skip
-            skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-            return pb.DetokenizeResponse(
-                text=self._frontend.tokenizer.decode(request.token_ids, skip_special_tokens=skip)
-            )
-        except StagelineError as error:
-            await abort(context, error)
-        raise AssertionError("abort does not return")
-
-    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
-        """See InferenceService."""
-        return to_model(self._frontend)
-
-    def _parse(self, message: gen.Generation, context: Any) -> GenerateRequest:
-        remaining = context.time_remaining()
-        deadline_s = None if remaining is None else time.monotonic() + remaining
-        return to_request(self._frontend, message, deadline_s)
-
-    async def _deltas(self, request: GenerateRequest) -> AsyncGenerator[ChoiceDelta, None]:
-        """The engine's deltas; what is not a typed error is a bug of ours and must not reach the client as a traceback."""
-        try:
-            async with aclosing(self._frontend.engine.generate(request)) as deltas:
-                async for delta in deltas:
-                    yield delta
-        except (StagelineError, asyncio.CancelledError, GeneratorExit):
-            raise
-        except Exception as error:
-            raise InternalError("BUG", f"request {request.request_id} failed: {type(error).__name__}") from error
-
-    async def _keep_health(self) -> None:
+    async def _follow(self, ready: Callable[[], bool]) -> None:
+        before: bool | None = None
         while True:
+            if (now := ready()) is not before:
+                await set_health(self._health, now)
+                before = now
             await asyncio.sleep(HEALTH_PERIOD_S)
-            await self._set_health()
-
-    async def _set_health(self) -> None:
-        ready = self._frontend.engine.ready()
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
 
 
-async def serve_grpc(frontend: Frontend, host: str, port: int) -> GrpcDoor:
-    """Open the door. Raises ConfigError where the port is taken."""
-    door = GrpcDoor(frontend)
-    await door.start(host, port)
-    return door
+async def set_health(servicer: Any, serving: bool) -> None:
+    """For the server as a whole ("") and for InferenceService."""
+    status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    for service in ("", SERVICE):
+        await servicer.set(service, status)
 
 
-async def abort(context: Any, error: StagelineError) -> None:
-    """End the call with the error's status; works in the middle of a stream too."""
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
-
-
-def _append(whole: gen.ChoiceDelta, delta: gen.ChoiceDelta) -> None:
-    whole.text += delta.text
-    whole.token_ids.extend(delta.token_ids)
-    whole.logprobs.extend(delta.logprobs)
-    whole.finish_reason, whole.matched_stop = delta.finish_reason, delta.matched_stop
-
-
-def _usage(request: GenerateRequest, tokens: int) -> gen.Usage:
-    completion = tokens + len(request.resume_token_ids)
-    return gen.Usage(prompt_tokens=len(request.prompt_token_ids), completion_tokens=completion)
+async def serve_grpc(
+    frontend: Frontend, host: str, port: int, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> GrpcServer:
+    """Listen and serve until `stop`. Raises ConfigError where the address cannot be bound."""
+    options = {
+        **dict(OPTIONS),
+        "grpc.max_receive_message_length": max_message_bytes,
+        "grpc.max_send_message_length": max_message_bytes,
+    }
+    server = grpc.aio.server(options=tuple(options.items()), interceptors=(TypedErrors((SERVICE,)),))
+    pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend), server)
+    health_servicer = vars(health)["aio"].HealthServicer()  # health.aio, which some type stubs leave out
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError:
+        raise ConfigError(
+            "PORT_IN_USE",
+            f"cannot listen on {host}:{port}; stop what listens there, or set another server.grpc_port",
+            field="server.grpc_port", host=host, port=port,
+        ) from None  # fmt: skip
+    await set_health(health_servicer, frontend.engine.ready())
+    await server.start()
+    running = GrpcServer(server, bound, health_servicer)
+    running.follow(frontend.engine.ready)
+    return running

@@ -1,127 +1,172 @@
-"""OpenAI's answer objects from deltas: chat and completions, whole and streamed."""
+"""OpenAI's answer objects, from deltas. One writer per request: it remembers what each choice has already sent."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
-from gateway.tokenizer import Tokenizer
-from gateway.types import ChoiceDelta, TokenLogprobs
-
-
-class Form(Protocol):
-    """How one endpoint writes its answers."""
-
-    def chunk(self, delta: ChoiceDelta, index: int) -> dict[str, Any]:
-        """A choice of a streamed object."""
-
-    def whole(self, deltas: Sequence[ChoiceDelta], index: int) -> dict[str, Any]:
-        """A choice of an answer in one piece."""
+from gateway.api.service import Accepted
+from gateway.tokenizer import Detokenizer, Tokenizer
+from gateway.types import ChoiceDelta, ModelInfo, TokenLogprobs
 
 
-def envelope(kind: str, request_id: str, model: str, fingerprint: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    """The object around choices."""
-    return {
-        "id": request_id,
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": fingerprint,
-        "choices": choices,
-    }
+class AnswerWriter:
+    """What chat and text completions share: the envelope and the count of tokens."""
+
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, response_id: str, accepted: Sequence[Accepted], model: ModelInfo, tokenizer: Tokenizer) -> None:
+        self._id, self._model, self._tokenizer = response_id, model, tokenizer
+        self._created_s = accepted[0].created_s
+        self._seed = accepted[0].request.sampling.seed
+        self._skip_special_tokens = accepted[0].request.sampling.skip_special_tokens
+        self._prompt_tokens = sum(len(one.request.prompt_token_ids) for one in accepted)
+        self._completion_tokens = 0
+
+    def chunk(self, delta: ChoiceDelta, index: int, *, with_usage: bool) -> dict[str, Any] | None:
+        """One streamed object; None where there is nothing to say yet. `index`: the choice's, over all prompts."""
+        self._completion_tokens += len(delta.token_ids)
+        choice = self._chunk_choice(delta, index)
+        if choice is None:
+            return None
+        usage = {"usage": None} if with_usage else {}
+        return {**self._envelope(self.chunk_object, [choice]), **usage}
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last object of a stream with `include_usage`."""
+        return {**self._envelope(self.chunk_object, []), "usage": self._usage()}
+
+    def whole(self, choices: Sequence[ChoiceDelta]) -> dict[str, Any]:
+        """The answer in one piece; a choice's index is its place."""
+        self._completion_tokens = sum(len(choice.token_ids) for choice in choices)
+        written = [self._whole_choice(choice, index) for index, choice in enumerate(choices)]
+        return {**self._envelope(self.whole_object, written), "usage": self._usage()}
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        # `seed` is ours: the one drawn where the client sent none. OpenAI's clients keep unknown fields.
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created_s,
+            "model": self._model.name,
+            "system_fingerprint": self._model.fingerprint,
+            "seed": self._seed,
+            "choices": choices,
+        }
+
+    def _usage(self) -> dict[str, int]:
+        total = self._prompt_tokens + self._completion_tokens
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": total,
+        }
+
+    def _chunk_choice(self, delta: ChoiceDelta, index: int) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def _whole_choice(self, choice: ChoiceDelta, index: int) -> dict[str, Any]:
+        raise NotImplementedError
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+class ChatWriter(AnswerWriter):
+    """/v1/chat/completions."""
 
+    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-class ChatForm:
-    """Choices of /v1/chat/completions."""
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._begun: set[int] = set()
 
-    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    def _chunk_choice(self, delta: ChoiceDelta, index: int) -> dict[str, Any] | None:
+        content: dict[str, str] = {}
+        if index not in self._begun:
+            content = {"role": "assistant", "content": delta.text}
+        elif delta.text:
+            content = {"content": delta.text}
+        if not content and not delta.logprobs and delta.finish_reason is None:
+            return None
+        self._begun.add(index)
+        return self._choice("delta", content, delta, index)
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._greeted: set[int] = set()
+    def _whole_choice(self, choice: ChoiceDelta, index: int) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return self._choice("message", message, choice, index)
 
-    def chunk(self, delta: ChoiceDelta, index: int) -> dict[str, Any]:
-        """The first chunk of a choice names the role."""
-        content: dict[str, Any] = {"content": delta.text}
-        if index not in self._greeted:
-            self._greeted.add(index)
-            content["role"] = "assistant"
-        return self._choice("delta", content, index, [delta])
-
-    def whole(self, deltas: Sequence[ChoiceDelta], index: int) -> dict[str, Any]:
-        """See Form."""
-        text = "".join(delta.text for delta in deltas)
-        return self._choice("message", {"role": "assistant", "content": text}, index, deltas)
-
-    def _choice(self, key: str, content: dict[str, Any], index: int, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
-        entries = [entry for delta in deltas for entry in delta.logprobs]
+    def _choice(self, key: str, content: dict[str, Any], delta: ChoiceDelta, index: int) -> dict[str, Any]:
+        logprobs = {"content": [self._entry(entry) for entry in delta.logprobs], "refusal": None}
         return {
             "index": index,
             key: content,
-            "logprobs": {"content": [self._entry(entry) for entry in entries]} if entries else None,
-            "finish_reason": _finish(deltas),
+            "logprobs": logprobs if delta.logprobs else None,
+            "finish_reason": _finish(delta),
         }
 
     def _entry(self, entry: TokenLogprobs) -> dict[str, Any]:
-        top = [self._token(*pair) for pair in entry.top]
-        return {**self._token(entry.token_id, entry.logprob), "top_logprobs": top}
+        def one(token_id: int, logprob: float) -> dict[str, Any]:
+            data = self._tokenizer.token_bytes(token_id)
+            return {"token": data.decode("utf-8", errors="replace"), "bytes": list(data), "logprob": logprob}
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self._tokenizer.token_bytes(token_id)
-        return {"token": data.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(data)}
+        return {**one(entry.token_id, entry.logprob), "top_logprobs": [one(*pair) for pair in entry.top]}
 
 
-class CompletionForm:
-    """Choices of /v1/completions."""
+class CompletionWriter(AnswerWriter):
+    """/v1/completions."""
 
-    kind, chunk_kind = "text_completion", "text_completion"
+    whole_object = chunk_object = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._offsets: dict[int, int] = {}
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._offsets: dict[int, Callable[[int], int]] = {}
 
-    def chunk(self, delta: ChoiceDelta, index: int) -> dict[str, Any]:
-        """See Form."""
-        return self.whole([delta], index)
+    def _chunk_choice(self, delta: ChoiceDelta, index: int) -> dict[str, Any] | None:
+        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+            return None
+        return self._whole_choice(delta, index)
 
-    def whole(self, deltas: Sequence[ChoiceDelta], index: int) -> dict[str, Any]:
-        """See Form."""
-        entries = [entry for delta in deltas for entry in delta.logprobs]
+    def _whole_choice(self, choice: ChoiceDelta, index: int) -> dict[str, Any]:
         return {
             "index": index,
-            "text": "".join(delta.text for delta in deltas),
-            "logprobs": self._logprobs(entries, index) if entries else None,
-            "finish_reason": _finish(deltas),
+            "text": choice.text,
+            "logprobs": self._logprobs(choice.logprobs, index) if choice.logprobs else None,
+            "finish_reason": _finish(choice),
         }
 
     def _logprobs(self, entries: Sequence[TokenLogprobs], index: int) -> dict[str, Any]:
-        tokens = [self._text(entry.token_id) for entry in entries]
-        offsets, offset = [], self._offsets.get(index, 0)
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
-        self._offsets[index] = offset
+        offset = self._offsets.setdefault(index, _offset_counter(self._tokenizer, self._skip_special_tokens))
+        tops = []
+        for entry in entries:
+            top = {self._text(token_id): logprob for token_id, logprob in entry.top}
+            tops.append({**top, self._text(entry.token_id): entry.logprob} if entry.top else {})
         return {
-            "tokens": tokens,
+            "tokens": [self._text(entry.token_id) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{self._text(i): value for i, value in entry.top} for entry in entries],
-            "text_offset": offsets,
+            "top_logprobs": tops,
+            "text_offset": [offset(entry.token_id) for entry in entries],
         }
 
     def _text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+        """The token as text, or OpenAI's spelling of bytes that are not UTF-8 (the keys of a dict must differ)."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _finish(deltas: Sequence[ChoiceDelta]) -> str | None:
-    reason = deltas[-1].finish_reason
-    return reason.value if reason is not None else None
+def _offset_counter(tokenizer: Tokenizer, skip_special_tokens: bool) -> Callable[[int], int]:
+    """A function from each next token to the place of its first character in the choice's text."""
+    detokenizer, length = Detokenizer(tokenizer, skip_special_tokens), 0
+
+    def place(token_id: int) -> int:
+        nonlocal length
+        before = length
+        length += len(detokenizer.append(token_id))
+        return before
+
+    return place
+
+
+def _finish(delta: ChoiceDelta) -> str | None:
+    return None if delta.finish_reason is None else delta.finish_reason.value

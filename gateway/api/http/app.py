@@ -1,220 +1,125 @@
-"""The FastAPI application. Serve's ingress runs it; any ASGI server can."""
+"""The OpenAI-compatible application. Built by a function inside the replica that serves it (a FastAPI application cannot
+be pickled), and without a lifespan, as Serve's ingress needs it."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import uuid
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ValidationError
+from fastapi.responses import JSONResponse, Response
 
-from gateway.api.http.answers import ChatForm, CompletionForm, envelope, usage
-from gateway.api.http.schema import ChatBody, CompletionBody
-from gateway.api.service import Frontend
-from gateway.types import ChoiceDelta, GenerateRequest
-from stageline.errors import InternalError, InvalidArgumentError, StagelineError
+from gateway.api.http.answers import AnswerWriter, ChatWriter, CompletionWriter
+from gateway.api.http.bodies import ChatBody, CompletionBody
+from gateway.api.http.body_limit import BodyLimit
+from gateway.api.http.errors import install
+from gateway.api.http.merge import merged
+from gateway.api.http.responses import AnswerResponse
+from gateway.api.service import Accepted, Frontend
+from gateway.types import ChoiceDelta
+from stageline.errors import InvalidArgumentError
 
-B = TypeVar("B", bound=BaseModel)
-
-logger = logging.getLogger("stageline.gateway")
-
-MAX_BODY_BYTES = 16 << 20
+MAX_BODY_BYTES = 16 * 2**20
 DEADLINE_HEADER = "x-request-timeout-s"
 
 
-def create_http_app(frontend: Callable[[], Frontend]) -> FastAPI:
-    """`frontend()` is called for each request, so the application can be made before the engine is."""
+def create_http_app(frontend_getter: Callable[[], Frontend]) -> FastAPI:
+    """The application; `frontend_getter` is called for each request, so the Frontend may come later than the application."""
     app = FastAPI(title="Stageline", docs_url=None, redoc_url=None)
-
-    @app.exception_handler(StagelineError)
-    async def on_error(request: Request, error: StagelineError) -> JSONResponse:
-        headers = {"Retry-After": error.metadata["retry_after_s"]} if "retry_after_s" in error.metadata else {}
-        return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
+    app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES)
+    install(app)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """The process is alive."""
         return {"status": "alive"}
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        ready = frontend().engine.ready()
-        return JSONResponse({"status": "ready" if ready else "no pipeline is ready"}, status_code=200 if ready else 503)
+        """A pipeline can serve: 200, else 503."""
+        ready = frontend_getter().engine.ready()
+        return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = frontend().model
-        entry = {"id": model.name, "object": "model", "created": 0, "owned_by": "stageline",
-                 "max_model_len": model.max_context_tokens}  # fmt: skip
-        return {"object": "list", "data": [entry]}
+        """The one model."""
+        frontend = frontend_getter()
+        model = {
+            "id": frontend.model.name,
+            "object": "model",
+            "created": frontend.started_s,
+            "owned_by": "stageline",
+            "max_model_len": frontend.model.max_context_tokens,
+        }
+        return {"object": "list", "data": [model]}
 
     @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        body, front = await _body(request, CompletionBody), frontend()
-        front.check_model(body.model)
-        body.check()
-        raw = body.raw(body.max_tokens, body.logprobs)
-        prompts = body.prompts()
-        if not prompts:
-            raise InvalidArgumentError("PROMPT_EMPTY", "prompt must not be empty", field="prompt")
-        requests = [
-            front.request(prompt, raw, num_choices=_or(body.n, 1), deadline_s=_deadline(request), default_max_tokens=16)
-            for prompt in prompts
-        ]
-        return await _answer(front, requests, CompletionForm(front.tokenizer), body)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue one prompt or several."""
+        return await _answer(frontend_getter(), body, request, CompletionWriter, "cmpl")
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        body, front = await _body(request, ChatBody), frontend()
-        front.check_model(body.model)
-        body.check()
-        max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        text = front.render([message.plain() for message in body.messages])
-        parsed = front.request(
-            text, body.raw(max_tokens, body.num_logprobs()), num_choices=_or(body.n, 1), deadline_s=_deadline(request)
-        )
-        return await _answer(front, [parsed], ChatForm(front.tokenizer), body)
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        return await _answer(frontend_getter(), body, request, ChatWriter, "chatcmpl")
 
     return app
 
 
-def error_body(error: StagelineError) -> dict[str, Any]:
-    """OpenAI's error object."""
-    kind = "invalid_request_error" if error.http_status in (400, 404) else "server_error"
-    return {
-        "error": {
-            "message": error.message,
-            "type": "rate_limit_error" if error.http_status == 429 else kind,
-            "param": error.metadata.get("field"),
-            "code": error.reason,
-        }
-    }
+async def _answer(
+    frontend: Frontend, body: CompletionBody | ChatBody, request: Request, writer_class: type[AnswerWriter], prefix: str
+) -> Response:
+    body.check()
+    response_id = f"{prefix}-{uuid.uuid4().hex}"
+    raws = body.raw_requests(response_id, _deadline_s(request))
+    accepted = [await frontend.accept(raw) for raw in raws]
+    writer = writer_class(response_id, accepted, frontend.model, frontend.tokenizer)
+    if body.stream:
+        objects = _chunks(frontend, accepted, writer, with_usage=body.include_usage())
+    else:
+        objects = _whole(frontend, accepted, writer)
+    return AnswerResponse(objects, streamed=bool(body.stream), where=f"{request.method} {request.url.path}")
 
 
-async def _body(request: Request, kind: type[B]) -> B:
-    """The checked body. Raises InvalidArgumentError for anything but a JSON object with known fields."""
-    data = await request.body()
-    if len(data) > MAX_BODY_BYTES:
-        raise InvalidArgumentError(
-            "BODY_TOO_LARGE", f"the body has {len(data)} bytes, at most {MAX_BODY_BYTES} are read"
-        )
-    try:
-        parsed = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(
-            "BODY_NOT_UTF8", f"the body is not UTF-8: {error.reason} at byte {error.start}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgumentError("BODY_NOT_JSON", f"the body is not JSON: {error}") from None
-    try:
-        return kind.model_validate(parsed)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise InvalidArgumentError("PARAMETER_UNKNOWN", f"unknown parameter {name!r}", field=name) from None
-        raise InvalidArgumentError("PARAMETER_INVALID", f"{name or 'body'}: {first['msg']}", field=name) from None
+async def _chunks(
+    frontend: Frontend, accepted: list[Accepted], writer: AnswerWriter, *, with_usage: bool
+) -> AsyncGenerator[dict[str, Any]]:
+    num_choices = accepted[0].request.num_choices
+    async with aclosing(merged([frontend.stream(one) for one in accepted])) as deltas:
+        async for place, delta in deltas:
+            chunk = writer.chunk(delta, place * num_choices + delta.index, with_usage=with_usage)
+            if chunk is not None:
+                yield chunk
+    if with_usage:
+        yield writer.usage_chunk()
 
 
-def _deadline(request: Request) -> float | None:
+async def _whole(frontend: Frontend, accepted: list[Accepted], writer: AnswerWriter) -> AsyncGenerator[dict[str, Any]]:
+    async def one(single: Accepted) -> AsyncGenerator[list[ChoiceDelta]]:
+        yield await frontend.collect(single)
+
+    answers: list[list[ChoiceDelta]] = [[] for _ in accepted]
+    async with aclosing(merged([one(single) for single in accepted])) as collected:
+        async for place, choices in collected:
+            answers[place] = choices
+    yield writer.whole([choice for choices in answers for choice in choices])
+
+
+def _deadline_s(request: Request) -> float | None:
+    """The header's seconds from now, on the time.monotonic clock. Raises InvalidArgumentError for anything else."""
     text = request.headers.get(DEADLINE_HEADER)
     if text is None:
         return None
     try:
         seconds = float(text)
     except ValueError:
-        seconds = -1.0
+        seconds = 0.0
     if not 0 < seconds < 1e9:
         raise InvalidArgumentError(
-            "DEADLINE_INVALID", f"{DEADLINE_HEADER} must be seconds over 0, got {text!r}", field=DEADLINE_HEADER
-        )
+            "DEADLINE_INVALID", f"{DEADLINE_HEADER} must be seconds over 0, got {text[:32]!r}",
+            field=DEADLINE_HEADER, value=text[:32],
+        )  # fmt: skip
     return time.monotonic() + seconds
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
-
-
-async def _merged(front: Frontend, requests: list[GenerateRequest]) -> AsyncGenerator[tuple[int, ChoiceDelta], None]:
-    """Deltas of all requests as they come, with the choice's number over all of them; closing it cancels all."""
-    deltas: asyncio.Queue[tuple[int, ChoiceDelta] | StagelineError | None] = asyncio.Queue()
-
-    async def run(first: int, request: GenerateRequest) -> None:
-        try:
-            async with aclosing(front.engine.generate(request)) as stream:
-                async for delta in stream:
-                    deltas.put_nowait((first + delta.index, delta))
-            deltas.put_nowait(None)
-        except StagelineError as error:
-            deltas.put_nowait(error)
-        except Exception as error:  # a bug of ours: the client hears it as one
-            logger.exception("request %s failed", request.request_id)
-            deltas.put_nowait(InternalError("BUG", f"request {request.request_id} failed: {type(error).__name__}"))
-
-    tasks = [asyncio.create_task(run(i * request.num_choices, request)) for i, request in enumerate(requests)]
-    try:
-        running = len(tasks)
-        while running:
-            item = await deltas.get()
-            if isinstance(item, StagelineError):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _answer(
-    front: Frontend, requests: list[GenerateRequest], form: ChatForm | CompletionForm, body: ChatBody | CompletionBody
-) -> Response:
-    request_id, model = requests[0].request_id, front.model
-    prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
-    if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(
-            _events(front, requests, form, with_usage, prompt_tokens), media_type="text/event-stream"
-        )
-    collected: dict[int, list[ChoiceDelta]] = {}
-    async with aclosing(_merged(front, requests)) as merged:
-        async for index, delta in merged:
-            collected.setdefault(index, []).append(delta)
-    choices = [form.whole(collected[index], index) for index in sorted(collected)]
-    completion = sum(len(delta.token_ids) for deltas in collected.values() for delta in deltas)
-    answer = envelope(form.kind, request_id, model.name, model.fingerprint, choices)
-    return JSONResponse({**answer, "usage": usage(prompt_tokens, completion)})
-
-
-async def _events(
-    front: Frontend,
-    requests: list[GenerateRequest],
-    form: ChatForm | CompletionForm,
-    with_usage: bool,
-    prompt_tokens: int,
-) -> AsyncIterator[str]:
-    """Server-sent events; an error in the middle is an event too, since the status has gone out already."""
-    model, completion = front.model, 0
-
-    def event(choices: list[dict[str, Any]], **more: Any) -> str:
-        data = envelope(form.chunk_kind, requests[0].request_id, model.name, model.fingerprint, choices)
-        return f"data: {json.dumps({**data, **more}, ensure_ascii=False)}\n\n"
-
-    try:
-        async with aclosing(_merged(front, requests)) as merged:
-            async for index, delta in merged:
-                completion += len(delta.token_ids)
-                yield event([form.chunk(delta, index)], **({"usage": None} if with_usage else {}))
-    except StagelineError as error:
-        yield f"data: {json.dumps(error_body(error), ensure_ascii=False)}\n\n"
-        return
-    if with_usage:
-        yield event([], usage=usage(prompt_tokens, completion))
-    yield "data: [DONE]\n\n"

@@ -1,32 +1,70 @@
-"""Request bodies of the OpenAI API, with the sampling fields vLLM users send. Unknown fields are refused by name."""
+"""What request bodies of the OpenAI API share, with the extra sampling fields that vLLM users send. Types, no rules.
+
+A parameter is served, or known and refused by name unless it asks for nothing (its no-op value), or unknown and refused.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gateway.api.validate import RawParams
+from gateway.api.raw import Prompt, RawRequest
 from stageline.errors import InvalidArgumentError, UnimplementedError
 
+NoOps = Mapping[str, tuple[Any, ...]]  # parameter that is not served → values that ask for nothing, beside null
 
-class _Body(BaseModel):
+NO_OPS: NoOps = {
+    "add_special_tokens": (False,),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "metadata": ({},),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+
+
+class Body(BaseModel):
+    """A JSON object without surprises: no coercion, no unknown fields; null is "not given"."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+    no_ops: ClassVar[NoOps] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name in cls.no_ops.keys() & data.keys():
+            value = data[name]
+            if value is not None and not any(_same(value, idle) for idle in cls.no_ops[name]):
+                raise UnimplementedError("PARAMETER_NOT_SERVED", f"{name} is not served yet; leave it out", field=name)
+        return {name: value for name, value in data.items() if name not in cls.no_ops}
 
 
-class StreamOptions(_Body):
-    """What a stream carries besides text."""
+class StreamOptions(Body):
+    """What a stream carries besides choices."""
 
-    include_usage: bool = False
-
-
-class ResponseFormat(_Body):
-    """Only plain text is served."""
-
-    type: str
+    no_ops: ClassVar[NoOps] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+    include_usage: bool | None = None
 
 
-class _Sampling(_Body):
+class GenerationBody(Body):
     """What both endpoints take."""
 
     model: str | None = None
@@ -37,125 +75,57 @@ class _Sampling(_Body):
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], float] | None = None
     seed: int | None = None
     n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    def raw(self, max_tokens: int | None, num_logprobs: int | None) -> RawParams:
-        """The same fields for validation."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return RawParams(
+    def check(self) -> None:
+        """Raises InvalidArgumentError for fields that contradict each other."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidArgumentError(
+                "STREAM_OPTIONS_WITHOUT_STREAM", "stream_options needs stream: true", field="stream_options"
+            )
+
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def make_raw(self, prompt: Prompt, request_id: str, deadline_s: float | None, **fields: Any) -> RawRequest:
+        """The fields of this class, and `fields` of the endpoint's own."""
+        return RawRequest(
+            prompt=prompt,
+            model=self.model,
+            request_id=request_id,
+            deadline_s=deadline_s,
+            num_choices=self.n,
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's spelling of "all"
+            top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's other spelling of "all"
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
-            logit_bias=self._bias(),
-            seed=self.seed,
-            max_tokens=max_tokens,
+            logit_bias={int(token_id): value for token_id, value in (self.logit_bias or {}).items()},
             min_tokens=self.min_tokens,
-            stop_strings=stops,
-            stop_token_ids=self.stop_token_ids or [],
-            ignore_eos=bool(self.ignore_eos),
-            include_stop_string=bool(self.include_stop_str_in_output),
-            num_logprobs=num_logprobs,
-            skip_special_tokens=self.skip_special_tokens is not False,
+            stop_strings=[self.stop] if isinstance(self.stop, str) else self.stop or (),
+            stop_token_ids=self.stop_token_ids or (),
+            ignore_eos=self.ignore_eos,
+            include_stop_string=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            **fields,
         )
 
-    def _bias(self) -> dict[int, float]:
-        bias = {}
-        for key, value in (self.logit_bias or {}).items():
-            if not key.isascii() or not key.isdigit():
-                raise InvalidArgumentError(
-                    "TOKEN_ID_OUT_OF_RANGE", f"logit_bias: {key!r} is not a token id", field="logit_bias"
-                )
-            bias[int(key)] = value
-        return bias
 
-    def refuse(self, **accepted: tuple[Any, ...]) -> None:
-        """Raise UnimplementedError for a field whose value asks for more than its no-op values."""
-        for name, values in accepted.items():
-            given = getattr(self, name)
-            if given is not None and given not in values:
-                raise UnimplementedError("PARAMETER_NOT_SERVED", f"{name} is not served yet; leave it out", field=name)
-
-
-class CompletionBody(_Sampling):
-    """POST /v1/completions."""
-
-    prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = None
-    logprobs: int | None = None
-    echo: bool | None = None
-    best_of: int | None = None
-    suffix: str | None = None
-
-    def check(self) -> None:
-        """Refuse by name what is not served."""
-        self.refuse(echo=(False,), best_of=(1, self.n), suffix=("",))
-
-    def prompts(self) -> list[str | list[int]]:
-        """One entry a prompt."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
-
-
-class ContentPart(_Body):
-    """A part of a message; only text is served."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Body):
-    """One turn."""
-
-    role: str
-    content: str | list[ContentPart]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """For the chat template."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
-
-
-class ChatBody(_Sampling):
-    """POST /v1/chat/completions."""
-
-    messages: list[ChatMessage]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0)
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    response_format: ResponseFormat | None = None
-
-    def check(self) -> None:
-        """Refuse by name what is not served."""
-        self.refuse(tools=([],), tool_choice=("none", "auto"), response_format=(ResponseFormat(type="text"),))
-        if self.top_logprobs and not self.logprobs:
-            raise InvalidArgumentError("LOGPROBS_OFF", "top_logprobs needs logprobs: true", field="top_logprobs")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise InvalidArgumentError(
-                "MAX_TOKENS_TWICE", "give max_completion_tokens or max_tokens, not both", field="max_tokens"
-            )
-
-    def num_logprobs(self) -> int | None:
-        """Alternatives asked, None without log-probabilities."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+def _same(value: object, idle: object) -> bool:
+    # In Python 0 == False and 1 == True; in JSON a number is no boolean.
+    return value == idle and isinstance(value, bool) == isinstance(idle, bool)

@@ -1,0 +1,17 @@
+"""What a door does with an exception that is not typed: log it whole, tell the client nothing but where to look."""
+
+from __future__ import annotations
+
+import logging
+
+from stageline.errors import InternalError, StagelineError
+
+logger = logging.getLogger("stageline.gateway")
+
+
+def as_typed(error: Exception, *, where: str) -> StagelineError:
+    """A typed error as it is; any other becomes InternalError, with its traceback in the log and not in the answer."""
+    if isinstance(error, StagelineError):
+        return error
+    logger.error("%s failed", where, exc_info=error)
+    return InternalError("INTERNAL", f"{where} failed inside the server; its log has the cause", where=where)

@@ -1,0 +1,81 @@
+"""InferenceService over a Frontend. Methods raise typed errors; `interceptor.TypedErrors` turns them into statuses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from gateway.api.grpc import convert
+from gateway.api.service import Frontend
+from gateway.api.validate import end_token_ids
+from stageline.errors import InvalidArgumentError
+from stageline.inference.v1 import inference_service_pb2 as pb
+from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
+
+
+class InferenceServicer(pb_grpc.InferenceServiceServicer):
+    """See inference_service.proto for what each method promises."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        """A whole answer."""
+        frontend = self._frontend
+        accepted = await frontend.accept(convert.raw_request(request.generation, _deadline_s(context)))
+        choices = await frontend.collect(accepted)
+        return pb.GenerateResponse(
+            start=convert.start(accepted, frontend.model),
+            choices=[convert.choice_delta(choice, frontend.tokenizer) for choice in choices],
+            usage=convert.usage(accepted, sum(len(choice.token_ids) for choice in choices)),
+        )
+
+    async def StreamGenerate(
+        self, request: pb.StreamGenerateRequest, context: Any
+    ) -> AsyncIterator[pb.StreamGenerateResponse]:
+        """One `start` as soon as the request is accepted, deltas, one `usage`."""
+        frontend = self._frontend
+        accepted = await frontend.accept(convert.raw_request(request.generation, _deadline_s(context)))
+        yield pb.StreamGenerateResponse(start=convert.start(accepted, frontend.model))
+        completion_tokens = 0
+        async with aclosing(frontend.stream(accepted)) as deltas:
+            async for delta in deltas:
+                completion_tokens += len(delta.token_ids)
+                yield pb.StreamGenerateResponse(choices=[convert.choice_delta(delta, frontend.tokenizer)])
+        yield pb.StreamGenerateResponse(usage=convert.usage(accepted, completion_tokens))
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        """Token ids of text or of a rendered conversation."""
+        prompt = convert.prompt_of(request)
+        if prompt is None:
+            raise InvalidArgumentError("PROMPT_MISSING", "prompt is required: text or a conversation", field="prompt")
+        token_ids, text = await self._frontend.encode(prompt)
+        return pb.TokenizeResponse(token_ids=token_ids, text=text)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        """Text of token ids."""
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        text = self._frontend.decode(tuple(request.token_ids), skip_special_tokens=skip, field="token_ids")
+        return pb.DetokenizeResponse(text=text)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        """The model and what serves it."""
+        model, engine = self._frontend.model, self._frontend.engine
+        return pb.GetModelResponse(
+            name=model.name,
+            fingerprint=model.fingerprint,
+            max_context_tokens=model.max_context_tokens,
+            vocab_size=model.vocab_size,
+            has_chat_template=self._frontend.chat_template is not None,
+            pipelines=convert.pipelines(engine.pipelines()),
+            spares=[convert.replica(status) for status in engine.spares()],
+            eos_token_ids=end_token_ids(model),
+        )
+
+
+def _deadline_s(context: Any) -> float | None:
+    """The call's deadline on the time.monotonic clock."""
+    left_s = context.time_remaining()
+    return None if left_s is None else time.monotonic() + left_s

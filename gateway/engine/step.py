@@ -1,0 +1,44 @@
+"""A micro-batch on the wire. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from gateway.engine.choice import ChoiceState
+from gateway.sampling import make_sampling
+from gateway.scheduler import MicroBatch, ScheduledRow
+from stageline.stage.v1 import stage_service_pb2 as pb
+
+
+def build_step(batch: MicroBatch, choices: Mapping[int, ChoiceState]) -> pb.Step:
+    """The Step of a micro-batch; `choices` has every sequence in it, by id."""
+    step = pb.Step(step_id=batch.step_id, released_sequence_ids=batch.released_sequence_ids)
+    step.token_ids = _int32([token for row in batch.rows for token in row.token_ids])
+    for scheduled in batch.rows:
+        row = step.rows.add(
+            sequence_id=scheduled.sequence.sequence_id,
+            num_tokens=scheduled.num_tokens,
+            context_len=scheduled.context_len,
+            block_table=_int32(scheduled.block_table),
+        )
+        if scheduled.wants_output:
+            row.sampling.CopyFrom(_sampling(scheduled, choices[scheduled.sequence.sequence_id]))
+    return step
+
+
+def _sampling(row: ScheduledRow, choice: ChoiceState) -> pb.Sampling:
+    register = row.needs_registration and choice.params.has_penalties()
+    output = tuple(row.sequence.output_token_ids[: row.output_position])
+    return make_sampling(
+        choice.params,
+        choice_index=choice.index,
+        output_position=row.output_position,
+        suppressed=choice.suppressed(row.output_position),
+        registration=(row.sequence.prompt_token_ids, output) if register else None,
+    )
+
+
+def _int32(values: Sequence[int]) -> bytes:
+    return np.array(values, dtype="<i4").tobytes()
