@@ -61,7 +61,7 @@ class StageExecutor:
         if isinstance(out, list):
             result = pb.StepResult(step_id=frame.step_id, rows=out, timings=trace.timings)
             return StepFrame(frame.epoch, frame.step_id, result.SerializeToString())
-        raw: Any = out.view(torch.uint8).numpy()
+        raw: Any = out.reshape(-1).view(torch.uint8).numpy()  # flat: one row may have odd strides
         payload = memoryview(raw).cast("B")
         return StepFrame(
             frame.epoch, frame.step_id, frame.header, trace.SerializeToString(), self.element_type, payload

@@ -253,8 +253,10 @@ class StageServer(pb_grpc.StageServiceServicer):
                 self._running_step = frame.step_id
                 try:
                     out = await loop.run_in_executor(self._compute, self._executor.execute, frame, received_ns)
-                except Exception as error:  # a bug of ours: the stage is no longer healthy
+                except Exception as error:  # a bug of ours: this stage must not look alive to its owner
                     self.failure = error
+                    self._claims = self._claims.drain()
+                    self._epoch_over.set()
                     raise
                 self._running_step, self._executed_step = 0, frame.step_id
             if frame.epoch == self._claims.epoch:
