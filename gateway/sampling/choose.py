@@ -53,6 +53,7 @@ def choose(result: pb.RowResult, params: SamplingParams, *, choice_index: int, p
 def kept_probabilities(result: pb.RowResult, params: SamplingParams) -> NDArray[np.float64]:
     """Probability of each kept candidate, in order. They sum to 1, or to less where a tail has the rest."""
     logits = np.frombuffer(result.candidate_logits, dtype="<f4").astype(np.float64)
+    logits = logits[np.isfinite(logits)]  # masked tokens stand last; rounding of the draw must never reach them
     if result.HasField("tail"):
         return np.exp(logits - result.tail.kept_logsumexp)
     if params.top_k:
