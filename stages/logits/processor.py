@@ -44,8 +44,8 @@ class LogitsProcessor:
         """One result a row of float32 logits [R, V]. The logits are changed in place."""
         if not rows:
             return []
-        # A sum is finite unless a member is not, or the sum itself overflows; float64 does not overflow here.
-        finite_R = torch.isfinite(logits_RV.sum(dim=-1, dtype=torch.float64)).tolist()
+        # The maximum is NaN or +inf where any member is, and -inf where no member is finite.
+        finite_R = torch.isfinite(logits_RV.amax(dim=-1)).tolist()
         raw_lse_R = torch.logsumexp(logits_RV, dim=-1).tolist()
         plain = all(_is_plain_greedy(row[3]) for row in rows)
         best_R = _argmax(logits_RV) if plain else None

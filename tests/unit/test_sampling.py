@@ -24,7 +24,6 @@ from gateway.types import SamplingParams
 from stageline.errors import InternalError
 from stages.logits import LogitsProcessor
 from stages.logits.processor import num_kept
-from stages.rng import philox4x32, uniform
 
 CPU = torch.device("cpu")
 PROMPT, OUTPUT = (3, 5, 5, 7), (11, 3, 11)
@@ -190,10 +189,13 @@ def test_counting_row_by_row_equals_a_registration_and_running_a_step_again_chan
     assert got == at_once
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
     logits_RV = torch.randn(3, 50, generator=torch.Generator().manual_seed(6))
     logits_RV[1, 7] = bad
+    if bad < 0:
+        logits_RV[0, 7] = bad  # one -inf is a masked token, a whole row of them leaves nothing
+        logits_RV[1] = bad
     results = LogitsProcessor(50, CPU).process(logits_RV, [row(SamplingParams(seed=1))] * 3)
     assert [r.non_finite for r in results] == [False, True, False]
     with pytest.raises(InternalError, match="no finite value"):
@@ -209,18 +211,3 @@ def test_the_bitmask_leaves_only_what_it_allows() -> None:
     [result] = LogitsProcessor(50, CPU).process(logits_V[None].clone(), [request])
     head = kept_probabilities(result, SamplingParams(seed=1))
     assert set(np.frombuffer(result.candidate_ids, dtype="<i4")[np.flatnonzero(head)]) == {13, 40}
-
-
-def test_philox_known_answers() -> None:
-    """The vectors published with Random123 (kat_vectors, philox4x32-10)."""
-    assert philox4x32((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
-    ones = 0xFFFFFFFF
-    assert philox4x32((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
-    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-    assert philox4x32(pi, (0xA4093822, 0x299F31D0)) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
-
-
-def test_uniform_depends_on_each_of_its_arguments() -> None:
-    values = {uniform(*args) for args in itertools.product((1, 2**63), (0, 1), (0, 1), (0, 1))}
-    assert len(values) == 16
-    assert all(0 <= value < 1 for value in values)
