@@ -33,7 +33,7 @@ proto: setup
 	$(BIN)/python proto/generate.py
 
 bench: setup
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python -m benchmarks.decode
 
 clean:
 	rm -rf $(VENV)
