@@ -33,10 +33,13 @@ class StepBatch:
         """Decode and check a step. Raises InvalidArgumentError for anything that would read or write out of bounds."""
         if not step.rows:
             raise _bad("the step has no rows")
-        queries = np.array([row.num_tokens for row in step.rows], dtype=np.int32)
-        lengths = np.array([row.context_len for row in step.rows], dtype=np.int32)
-        if queries.min() < 1 or (lengths < queries).any():
+        capacity = num_blocks * block_size_tokens
+        wide = np.array([(row.num_tokens, row.context_len) for row in step.rows], dtype=np.int64)
+        if wide[:, 0].min() < 1 or (wide[:, 1] < wide[:, 0]).any():
             raise _bad("every row needs at least one token and a context that includes its tokens")
+        if wide[:, 1].max() > capacity:  # before anything of that size is made
+            raise _bad(f"a context of {wide[:, 1].max()} tokens is more than the {capacity} slots of the KV cache")
+        queries, lengths = (np.ascontiguousarray(column, dtype=np.int32) for column in wide.T)
         decode = int((queries == 1).sum())
         if (queries[:decode] != 1).any():
             raise _bad("rows of exactly one token must come first")

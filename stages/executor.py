@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 import torch
+from google.protobuf.message import DecodeError
 
-from stageline.errors import InternalError, InvalidArgumentError, StagelineError, UnimplementedError
+from stageline.errors import InvalidArgumentError, ResourceExhaustedError, StagelineError, UnimplementedError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.batch import StepBatch
 from stages.logits import LogitsProcessor
@@ -31,8 +32,14 @@ class StageExecutor:
         self._logits = LogitsProcessor(runner.config.vocab_size, runner.device) if runner.model.is_last else None
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Make the KV cache of the pipeline's size."""
-        self.runner.allocate_kv(num_blocks)
+        """Make the KV cache of the pipeline's size. Raises ResourceExhaustedError where the memory is not there."""
+        try:
+            self.runner.allocate_kv(num_blocks)
+        except (RuntimeError, MemoryError) as error:  # torch says RuntimeError on the CPU, a subclass of it on CUDA
+            raise ResourceExhaustedError(
+                "KV_OUT_OF_MEMORY", f"layers {self._name}: no memory for {num_blocks} KV blocks: {error}; "
+                "set kv_cache.memory_bytes lower", num_blocks=num_blocks,
+            ) from error  # fmt: skip
 
     def reset(self) -> None:
         """A new epoch: what the last stage remembered of sequences is registered again."""
@@ -42,20 +49,24 @@ class StageExecutor:
     def execute(self, frame: StepFrame, received_ns: int) -> StepFrame:
         """The frame for the next stage; from the last stage its header is a serialized StepResult.
 
-        A step that cannot be executed becomes a FAILED frame with the reason: the epoch and other steps go on.
+        A step that cannot be executed becomes a FAILED frame with the reason: the epoch and other steps go on. Only a
+        device that is lost (torch.AcceleratorError: every later step would fail too) is raised.
         """
-        trace = pb.StepResult.FromString(frame.trace)
-        timing = trace.timings.add(stage=self._name, received_ns=received_ns, started_ns=time.monotonic_ns())
-        if frame.failed:
-            return self._answer_failed(frame, pb.StepError.FromString(frame.header), trace)
+        trace = pb.StepResult()
+        released: list[int] = []
         try:
-            out = self._run(frame)
-        except StagelineError as error:
-            failure = pb.StepError(stage=self._name, reason=error.reason, message=error.message)
-            return self._answer_failed(frame, failure, trace)
-        except RuntimeError as error:  # torch: out of memory, a device that failed
-            wrapped = InternalError("STEP_FAILED", f"{type(error).__name__}: {error}")
-            failure = pb.StepError(stage=self._name, reason=wrapped.reason, message=wrapped.message)
+            trace.ParseFromString(frame.trace)
+            timing = trace.timings.add(stage=self._name, received_ns=received_ns, started_ns=time.monotonic_ns())
+            if frame.failed:
+                return self._answer_failed(frame, pb.StepError.FromString(frame.header), trace)
+            step = pb.Step.FromString(frame.header)
+            released.extend(step.released_sequence_ids)
+            out = self._run(frame, step)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            failure = self._failure(error)
+            failure.released_sequence_ids.extend(released)
             return self._answer_failed(frame, failure, trace)
         timing.finished_ns = time.monotonic_ns()
         if isinstance(out, list):
@@ -67,16 +78,24 @@ class StageExecutor:
             frame.epoch, frame.step_id, frame.header, trace.SerializeToString(), self.element_type, payload
         )
 
+    def _failure(self, error: Exception) -> pb.StepError:
+        reason, message = "STEP_FAILED", f"{type(error).__name__}: {error}"
+        if isinstance(error, StagelineError):
+            reason, message = error.reason, error.message
+        elif isinstance(error, DecodeError):
+            reason, message = "MALFORMED_STEP", f"malformed step: {error}"
+        return pb.StepError(stage=self._name, reason=reason, message=message)
+
     def _answer_failed(self, frame: StepFrame, failure: pb.StepError, trace: pb.StepResult) -> StepFrame:
         if self._logits is None:
             return StepFrame(
                 frame.epoch, frame.step_id, failure.SerializeToString(), trace.SerializeToString(), failed=True
             )
+        self._logits.release(failure.released_sequence_ids)
         result = pb.StepResult(step_id=frame.step_id, timings=trace.timings, error=failure)
         return StepFrame(frame.epoch, frame.step_id, result.SerializeToString())
 
-    def _run(self, frame: StepFrame) -> torch.Tensor | list[pb.RowResult]:
-        step = pb.Step.FromString(frame.header)
+    def _run(self, frame: StepFrame, step: pb.Step) -> torch.Tensor | list[pb.RowResult]:
         runner = self.runner
         if any(row.HasField("scoring") for row in step.rows):
             raise UnimplementedError("SCORING_NOT_SERVED", "log-probabilities of the prompt are not served yet")

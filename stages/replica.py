@@ -16,7 +16,7 @@ from stages.checkpoint import open_checkpoint
 from stages.executor import StageExecutor
 from stages.partition import LayerRange
 from stages.runner import StageRunner
-from stages.server.server import StageServer
+from stages.server.server import Listener, StageServer
 from stages.weights import load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,12 +67,13 @@ class StageReplica:
 
     async def start(self) -> None:
         """Load the weights and listen. Raises CheckpointError or ConfigError."""
-        executor, fingerprint, capacity = await asyncio.to_thread(self._load)
         spec = self.spec
+        listener = Listener(spec.host, spec.port)
+        executor, fingerprint, capacity = await asyncio.to_thread(self._load)
         self._server = StageServer(
             executor, fingerprint=fingerprint, kv_capacity_blocks=capacity, queue_depth_steps=spec.queue_depth_steps
         )
-        port = await self._server.start(spec.host, spec.port)
+        port = await self._server.start_on(listener)
         self.address = f"{spec.host}:{port}"
         self._metadata = {
             "address": self.address,

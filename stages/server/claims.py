@@ -10,7 +10,7 @@ from stageline.errors import FailedPreconditionError, InvalidArgumentError
 
 
 class State(enum.Enum):
-    """Life cycle of a replica."""
+    """What a replica tells about itself. DRAINING covers the others: an owner may still be served while it drains."""
 
     SPARE = "spare"
     CLAIMED = "claimed"
@@ -23,11 +23,22 @@ class Claims:
     """Everything that decides whether a call may go on. Every transition returns a new value."""
 
     incarnation: str
-    state: State = State.SPARE
     epoch: int = 0
     owner_id: str = ""
+    connected: bool = False
+    draining: bool = False
+    failure: str = ""
     lease_s: float = 0.0
     lease_ends_s: float = -math.inf
+
+    @property
+    def state(self) -> State:
+        """The one word of it."""
+        if self.draining or self.failure:
+            return State.DRAINING
+        if not self.owner_id:
+            return State.SPARE
+        return State.CONNECTED if self.connected else State.CLAIMED
 
     def claim(self, *, owner_id: str, incarnation: str, min_epoch: int, lease_s: float, now_s: float) -> Claims:
         """Grant a new epoch to a new owner, to the same owner, or after the lease of another one ran out."""
@@ -36,7 +47,11 @@ class Claims:
             raise InvalidArgumentError("OWNER_MISSING", "owner_id must not be empty", field="owner_id")
         if not (0 < lease_s < math.inf):
             raise InvalidArgumentError("LEASE_NOT_POSITIVE", f"lease_s must be over 0, got {lease_s}", field="lease_s")
-        if self.state is State.DRAINING:
+        if min_epoch >= 1 << 63:  # the gateway asks for what a stage granted; leave room to count on
+            raise InvalidArgumentError("EPOCH_OUT_OF_RANGE", f"min_epoch {min_epoch} is too high", field="min_epoch")
+        if self.failure:
+            raise FailedPreconditionError("STAGE_FAILED", f"the stage cannot compute any more: {self.failure}")
+        if self.draining:
             raise FailedPreconditionError("STAGE_DRAINING", "the stage is draining and takes no new claim")
         if self.owner_id and self.owner_id != owner_id and not self.expired(now_s):
             raise FailedPreconditionError(
@@ -44,38 +59,36 @@ class Claims:
                 owner_id=self.owner_id, epoch=self.epoch,
             )  # fmt: skip
         return replace(
-            self, state=State.CLAIMED, epoch=max(self.epoch + 1, min_epoch), owner_id=owner_id,
+            self, connected=False, epoch=max(self.epoch + 1, min_epoch), owner_id=owner_id,
             lease_s=lease_s, lease_ends_s=now_s + lease_s,
         )  # fmt: skip
 
     def connect(self, *, epoch: int, now_s: float) -> Claims:
         """The owner has wired the stage."""
         self.check(epoch=epoch, now_s=now_s)
-        return replace(self, state=State.CONNECTED)
+        return replace(self, connected=True)
 
     def renew(self, *, epoch: int, incarnation: str, now_s: float) -> Claims:
         """Extend the lease; fails for an owner that was fenced."""
-        self._check_incarnation(incarnation)
-        self.check(epoch=epoch, now_s=now_s)
+        self.check(epoch=epoch, now_s=now_s, incarnation=incarnation)
         return replace(self, lease_ends_s=now_s + self.lease_s)
 
     def release(self, *, epoch: int, incarnation: str, now_s: float) -> Claims:
-        """The owner gives the stage back; the epoch stays, so that its frames stay stale."""
-        self._check_incarnation(incarnation)
-        self.check(epoch=epoch, now_s=now_s)
-        state = State.DRAINING if self.state is State.DRAINING else State.SPARE
-        return replace(self, state=state, owner_id="", lease_ends_s=-math.inf, epoch=self.epoch + 1)
+        """The owner gives the stage back; the next epoch begins, so that its frames are stale."""
+        self.check(epoch=epoch, now_s=now_s, incarnation=incarnation)
+        return self._free()
 
     def drain(self) -> Claims:
         """Take no new claim; the current one goes on."""
-        return replace(self, state=State.DRAINING)
+        return replace(self, draining=True)
+
+    def fail(self, why: str) -> Claims:
+        """The stage cannot compute any more: no claim is current or will be granted."""
+        return replace(self._free(), failure=why)
 
     def expire(self, now_s: float) -> Claims:
         """Free a stage whose owner let its lease run out; a higher epoch fences that owner for good."""
-        if not self.owner_id or not self.expired(now_s):
-            return self
-        state = State.DRAINING if self.state is State.DRAINING else State.SPARE
-        return replace(self, state=state, owner_id="", lease_ends_s=-math.inf, epoch=self.epoch + 1)
+        return self._free() if self.owner_id and self.expired(now_s) else self
 
     def expired(self, now_s: float) -> bool:
         """Whether the lease has run out."""
@@ -86,10 +99,17 @@ class Claims:
         if incarnation is not None:
             self._check_incarnation(incarnation)
         if epoch != self.epoch or not self.owner_id or self.expired(now_s):
-            raise FailedPreconditionError(
-                "STALE_EPOCH", f"epoch {epoch} is not current: the stage is in epoch {self.epoch}; claim it again",
-                epoch=epoch, current_epoch=self.epoch,
-            )  # fmt: skip
+            raise self.stale(epoch)
+
+    def stale(self, epoch: int) -> FailedPreconditionError:
+        """What an owner hears whose epoch is over."""
+        return FailedPreconditionError(
+            "STALE_EPOCH", f"epoch {epoch} is not current: the stage is in epoch {self.epoch}; claim it again",
+            epoch=epoch, current_epoch=self.epoch,
+        )  # fmt: skip
+
+    def _free(self) -> Claims:
+        return replace(self, connected=False, owner_id="", lease_ends_s=-math.inf, epoch=self.epoch + 1)
 
     def _check_incarnation(self, incarnation: str) -> None:
         if incarnation != self.incarnation:

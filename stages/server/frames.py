@@ -18,11 +18,13 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from stageline.errors import InvalidArgumentError
 
 MAX_DATA_BYTES = 1 << 20
 MAX_HEADER_BYTES = 64 << 20
-MAX_PAYLOAD_BYTES = 4 << 30
+MAX_PAYLOAD_BYTES = 1 << 30  # 65,536 tokens of the 72B in bfloat16
 MAX_FRAME_BYTES = MAX_HEADER_BYTES + (1 << 20)
 
 _PREAMBLE = struct.Struct("<HBBB3xQQIIQ")
@@ -77,7 +79,7 @@ class Assembler:
 
     def __init__(self) -> None:
         self._open: StepFrame | None = None
-        self._buffer = bytearray()
+        self._buffer = memoryview(b"")
         self._filled = 0
 
     def feed(self, message: bytes) -> StepFrame | None:
@@ -103,7 +105,8 @@ class Assembler:
         )
         if not payload:
             return frame
-        self._open, self._buffer, self._filled = frame, bytearray(payload), 0
+        # Not bytearray: that writes zeros, so a promise alone would take the memory, and a kept one would write it twice.
+        self._open, self._buffer, self._filled = frame, memoryview(np.empty(payload, np.uint8)), 0  # type: ignore[arg-type]
         return None
 
     def _data(self, body: memoryview, epoch: int, step_id: int, header: int, trace: int, size: int) -> StepFrame | None:

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from stageline.errors import UnavailableError
+from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.server.frames import MAX_FRAME_BYTES, StepFrame, encode
 
 DATA_SERVICE = "stageline.stage.v1.StageDataService"
@@ -35,10 +36,10 @@ def epoch_metadata(epoch: int, incarnation: str) -> tuple[tuple[str, str], ...]:
 class Link:
     """A Forward stream to one stage under one epoch."""
 
-    def __init__(self, address: str, epoch: int, incarnation: str, on_broken: Callable[[str, str], None]) -> None:
-        """`on_broken(address, detail)` is called once, when the stream ends without `close`."""
+    def __init__(self, address: str, epoch: int, incarnation: str, publish: Callable[[pb.WatchResponse], None]) -> None:
+        """`publish` gets LinkBroken once, when the stream ends without `close`."""
         self.address = address
-        self._epoch, self._incarnation, self._on_broken = epoch, incarnation, on_broken
+        self._epoch, self._incarnation, self._publish = epoch, incarnation, publish
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._call: grpc.aio.StreamUnaryCall[bytes, bytes] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -60,10 +61,11 @@ class Link:
 
     async def _watch(self, call: grpc.aio.StreamUnaryCall[bytes, bytes]) -> None:
         code, details = await call.code(), await call.details()
-        self._on_broken(self.address, f"{code.name}: {details}")
+        broken = pb.LinkBroken(address=self.address, detail=f"{code.name}: {details}")
+        self._publish(pb.WatchResponse(link_broken=broken))
 
     async def send(self, frame: StepFrame) -> None:
-        """Write one step; waits for flow control. Errors reach `on_broken`, not the caller."""
+        """Write one step; waits for flow control. That the stream ended is published, not raised here."""
         assert self._call is not None
         try:
             for message in encode(frame):

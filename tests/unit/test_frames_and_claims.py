@@ -127,3 +127,17 @@ def test_another_incarnation_and_a_draining_stage_refuse() -> None:
     with pytest.raises(FailedPreconditionError) as caught:
         claims.drain().claim(owner_id="a", incarnation="i", min_epoch=0, lease_s=1, now_s=0)
     assert caught.value.reason == "STAGE_DRAINING"
+
+
+def test_wiring_does_not_undo_draining_and_nothing_undoes_a_failure() -> None:
+    owned = Claims(incarnation="i").claim(owner_id="a", incarnation="i", min_epoch=0, lease_s=9, now_s=0)
+    draining = owned.drain().connect(epoch=1, now_s=1)
+    assert (draining.state, draining.connected) == (State.DRAINING, True)
+    draining.renew(epoch=1, incarnation="i", now_s=2)
+    failed = owned.fail("no device")
+    with pytest.raises(FailedPreconditionError) as caught:
+        failed.claim(owner_id="a", incarnation="i", min_epoch=0, lease_s=9, now_s=1)
+    assert caught.value.reason == "STAGE_FAILED"
+    with pytest.raises(FailedPreconditionError) as caught:
+        failed.renew(epoch=1, incarnation="i", now_s=1)
+    assert caught.value.reason == "STALE_EPOCH"

@@ -843,22 +843,28 @@ class StepError(_message.Message):
     STAGE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    RELEASED_SEQUENCE_IDS_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """Layers of the stage that failed, as start-end."""
     reason: _builtins.str
     """UPPER_SNAKE, stable."""
     message: _builtins.str
     """For people."""
+    @_builtins.property
+    def released_sequence_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of the step, which the last stage still has to forget."""
+
     def __init__(
         self,
         *,
         stage: _builtins.str = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        released_sequence_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "released_sequence_ids", b"released_sequence_ids", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
