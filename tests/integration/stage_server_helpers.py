@@ -104,7 +104,9 @@ class Client:
             timeout=TIMEOUT_S,
         )
 
-    async def connect(self, epoch: int, following: Client | None = None, *, num_blocks: int = 64, **other: Any) -> None:
+    async def connect(
+        self, epoch: int, following: Client | None = None, /, *, num_blocks: int = 64, timeout_s: float = TIMEOUT_S, **other: Any
+    ) -> None:
         """Wire to `following`, which has the same epoch; `other` replaces fields of NextStage."""
         request = pb.ConnectRequest(epoch=epoch, num_blocks=num_blocks)
         if following is not None:
@@ -113,12 +115,12 @@ class Client:
             )
         if other:
             request.next.MergeFrom(pb.NextStage(**other))
-        await self.stub.Connect(request, timeout=TIMEOUT_S)
+        await self.stub.Connect(request, timeout=timeout_s)
 
-    async def start(self, owner: str = "o", **options: Any) -> int:
+    async def start(self, owner: str = "o", *, num_blocks: int = 64, **options: Any) -> int:
         """Claim and wire a last stage; returns the epoch."""
         epoch = (await self.claim(owner, **options)).epoch
-        await self.connect(epoch)
+        await self.connect(epoch, num_blocks=num_blocks)
         return epoch
 
     async def renew(self, epoch: int) -> pb.RenewResponse:
@@ -161,11 +163,17 @@ class Client:
         metadata = epoch_metadata(epoch, self.incarnation if incarnation is None else incarnation)
         return self.channel.unary_stream(RESULTS)(b"", metadata=metadata)
 
+    async def send_one(self, call: Any, epoch: int, step_id: int) -> None:
+        """A step of one token, with the hidden states that this stage expects."""
+        first, width = self.runner.model.is_first, self.runner.config.hidden_size
+        element_type = pb.ELEMENT_TYPE_UNSPECIFIED if first else pb.ELEMENT_TYPE_FLOAT32
+        await send(call, epoch, step(step_id), b"" if first else bytes(4 * width), element_type)
+
     async def good_step(self, step_id: int = 1, owner: str = "o") -> None:
-        """The stage (a whole model) can be claimed, wired, and computes."""
+        """The stage (a last one) can be claimed, wired, and computes."""
         epoch = await self.start(owner)
         forward, results = self.forward(epoch), self.results(epoch)
-        await send(forward, epoch, step(step_id))
+        await self.send_one(forward, epoch, step_id)
         answer = await result(results)
         assert (answer.step_id, len(answer.rows), answer.HasField("error")) == (step_id, 1, False)
         forward.cancel()
