@@ -105,7 +105,14 @@ class Client:
         )
 
     async def connect(
-        self, epoch: int, following: Client | None = None, /, *, num_blocks: int = 64, timeout_s: float = TIMEOUT_S, **other: Any
+        self,
+        epoch: int,
+        following: Client | None = None,
+        /,
+        *,
+        num_blocks: int = 64,
+        timeout_s: float = TIMEOUT_S,
+        **other: Any,
     ) -> None:
         """Wire to `following`, which has the same epoch; `other` replaces fields of NextStage."""
         request = pb.ConnectRequest(epoch=epoch, num_blocks=num_blocks)
