@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from stageline.errors import InvalidArgumentError, ResourceExhaustedError, StagelineError, UnimplementedError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.batch import StepBatch
-from stages.logits import LogitsProcessor
+from stages.logits import LogitsProcessor, check_sampling
 from stages.runner import StageRunner
 from stages.server.frames import StepFrame
 
@@ -105,6 +105,9 @@ class StageExecutor:
             num_blocks=runner.num_blocks,
             block_size_tokens=runner.block_size_tokens,
         )
+        if self._logits is not None:
+            for index in batch.output_rows:
+                check_sampling(step.rows[index].sampling, runner.config.vocab_size)
         hidden_TD = None if runner.model.is_first else self._hidden(frame, len(batch.token_ids))
         out = runner.execute(batch, hidden_TD)
         if self._logits is None:
