@@ -13,7 +13,7 @@ from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.batch import StepBatch
 from stages.logits import LogitsProcessor, check_sampling
 from stages.runner import StageRunner
-from stages.server.frames import StepFrame
+from stages.server.frames import MAX_PAYLOAD_BYTES, StepFrame
 
 ELEMENT_TYPES: dict[torch.dtype, pb.ElementType.ValueType] = {
     torch.float32: pb.ELEMENT_TYPE_FLOAT32,
@@ -40,6 +40,14 @@ class StageExecutor:
                 "KV_OUT_OF_MEMORY", f"layers {self._name}: no memory for {num_blocks} KV blocks: {error}; "
                 "set kv_cache.memory_bytes lower", num_blocks=num_blocks,
             ) from error  # fmt: skip
+
+    def max_payload_bytes(self) -> int:
+        """Hidden states of the most tokens a step can have: one for every slot. None come to the first stage."""
+        runner = self.runner
+        if runner.model.is_first:
+            return 0
+        slots = runner.num_blocks * runner.block_size_tokens
+        return min(MAX_PAYLOAD_BYTES, slots * runner.config.hidden_size * runner.dtype.itemsize)
 
     def reset(self) -> None:
         """A new epoch: what the last stage remembered of sequences is registered again."""

@@ -77,7 +77,8 @@ def encode(frame: StepFrame) -> Iterator[bytes]:
 class Assembler:
     """Puts the messages of a stream together again; `feed` returns a step when its last byte is there."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> None:
+        self._max_payload_bytes = max_payload_bytes
         self._open: StepFrame | None = None
         self._buffer = memoryview(b"")
         self._filled = 0
@@ -96,7 +97,9 @@ class Assembler:
             raise _bad(f"unknown kind {kind}")
         if self._open is not None:
             raise _bad(f"step {step_id} begins before the payload of step {self._open.step_id} is complete")
-        if header > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES or header + trace != len(body):
+        if payload > self._max_payload_bytes:
+            raise _bad(f"a payload of {payload} bytes, at most {self._max_payload_bytes} can come here")
+        if header > MAX_HEADER_BYTES or header + trace != len(body):
             raise _bad(f"sizes {header} + {trace} do not match a body of {len(body)} bytes")
         if kind == Kind.FAILED and payload:
             raise _bad("a failed step has no payload")

@@ -69,7 +69,12 @@ class StageServer(pb_grpc.StageServiceServicer):
         """Serve on a port that was taken before; returns it."""
         server = self._server = listener.server
         pb_grpc.add_StageServiceServicer_to_server(self, server)
-        streams = DataStreams(self._admit, lambda epoch: self._claims.stale(epoch), is_last=self._is_last)
+        streams = DataStreams(
+            self._admit,
+            lambda epoch: self._claims.stale(epoch),
+            is_last=self._is_last,
+            max_payload_bytes=self._executor.max_payload_bytes,
+        )
         server.add_generic_rpc_handlers((streams.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await server.start()

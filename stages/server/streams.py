@@ -22,8 +22,10 @@ Stale = Callable[[int], StagelineError]
 class DataStreams:
     """Handlers of StageDataService. `admit(epoch, incarnation)` gives the current epoch or raises why not."""
 
-    def __init__(self, admit: Admit, stale: Stale, *, is_last: bool) -> None:
+    def __init__(self, admit: Admit, stale: Stale, *, is_last: bool, max_payload_bytes: Callable[[], int]) -> None:
+        """`max_payload_bytes` is asked when a stream begins."""
         self._admit, self._stale, self._is_last = admit, stale, is_last
+        self._max_payload_bytes = max_payload_bytes
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """For `add_generic_rpc_handlers`; messages are raw frames."""
@@ -37,7 +39,7 @@ class DataStreams:
 
     async def _forward(self, requests: AsyncIterator[bytes], context: Any) -> bytes:
         epoch = await self._enter(context)
-        assembler = Assembler()
+        assembler = Assembler(self._max_payload_bytes())
         try:
             while (message := await epoch.until_over(context.read())) is not _EOF:
                 if (frame := assembler.feed(message)) is None:
