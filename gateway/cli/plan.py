@@ -1,24 +1,42 @@
-"""Show which layers each stage holds, how many bytes they are and how many tokens fit beside them."""
+"""Show which layers each stage holds, what fills each GPU, and what that makes in latency and throughput."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from gateway.cli.options import add_config_arguments, config_from
-from gateway.planner.report import Plan, make_plan
+from gateway.config import Config
+from gateway.planner.advice import advise
+from gateway.planner.catalogue import Gpu, find_model_config, gpus, parse_inventory, read_profile
+from gateway.planner.cluster_plan import Request, make_cluster_plan
+from gateway.planner.cost import Link, Workload
+from gateway.planner.nodes import cluster_gpus
+from gateway.planner.report import make_plan
 from gateway.planner.split import resolve_layers
+from gateway.planner.tables import cluster_table, sizes_table
 from stageline.errors import ConfigError
-from stages.checkpoint import open_checkpoint
-from stages.config import ModelConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `stageline plan`."""
     add_config_arguments(parser)
-    parser.add_argument("--gpu-memory-bytes", type=int, default=80 << 30, help="memory of one GPU; default 80 GiB")
-    parser.add_argument("--usable-fraction", type=float, default=0.9, help="part of it for weights and KV cache")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--gpu", metavar="NAME:COUNT,…", help="GPUs to plan for, such as a100-80g:4 or l40s-48g:4,a10g-24g:2"
+    )
+    where.add_argument(
+        "--cluster", action="store_true", help="plan for the GPU nodes of the current kubeconfig's cluster"
+    )
+    where.add_argument("--gpu-memory-bytes", type=int, help="sizes only, on GPUs of this memory; default 80 GiB")
+    parser.add_argument("--profile", metavar="FILE", help="devices of your own, or measured rates: gpus.yaml's format")
+    parser.add_argument("--usable-fraction", type=float, default=0.9, help="part of a GPU's memory that may be used")
+    parser.add_argument("--link-gbps", type=float, default=25.0, help="network between stages, gigabits a second")
+    parser.add_argument("--hop-latency-ms", type=float, default=0.3, help="one message to the next stage, ms")
+    parser.add_argument("--context-tokens", type=int, default=2048, help="average length of a sequence")
     parser.add_argument("--output", choices=["table", "json"], default="table")
 
 
@@ -27,42 +45,92 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if not config.model.path:
         raise ConfigError(
-            "MODEL_MISSING", "--model is required: a folder, a .gguf file, or a hub id", field="model.path"
+            "MODEL_MISSING",
+            "--model is required: a folder, a .gguf file, a hub id, or a known name such as qwen2-72b",
+            field="model.path",
         )
-    if args.gpu_memory_bytes < 1 or not 0 < args.usable_fraction <= 1:
-        raise ConfigError("CONFIG_INVALID", "--gpu-memory-bytes must be at least 1 and --usable-fraction in (0, 1]")
-    folder = Path(config.model.path)
-    # A plan needs the shapes only: a folder with nothing but config.json will do.
-    model = (
-        ModelConfig.from_file(folder / "config.json")
-        if (folder / "config.json").is_file()
-        else open_checkpoint(config.model.path, revision=config.model.revision).config
-    )
-    ranges = resolve_layers(model, config.stages.count, config.stages.layers)
-    plan = make_plan(
-        model,
-        ranges,
-        dtype=config.model.dtype,
-        gpu_memory_bytes=args.gpu_memory_bytes,
-        usable_fraction=args.usable_fraction,
-        block_size_tokens=config.block_size_tokens(),
-    )
-    print(json.dumps(plan.to_dict(), indent=2) if args.output == "json" else _table(plan))
+    _check(args)
+    if args.gpu is None and not args.cluster:
+        return _sizes(args, config)
+    known = gpus() | (read_profile(args.profile) if args.profile else {})
+    request = make_request(args, config, known)
+    plan = make_cluster_plan(request)
+    advice = advise(request, plan, known)
+    if args.output == "json":
+        print(json.dumps(plan.to_dict() | {"advice": advice.to_dict()}, indent=2))
+    else:
+        print(cluster_table(request, plan, advice))
     return 0 if plan.fits else 1
 
 
-def _table(plan: Plan) -> str:
-    rows = [
-        f"{'stage':>5}  {'layers':>9}  {'parameters':>15}  {'weights GiB':>11}  {'KV B/token':>10}  {'KV tokens':>10}"
-    ]
-    rows += [
-        f"{stage.index:>5}  {stage.layers:>9}  {stage.parameters:>15,}  {stage.weight_bytes / 2**30:>11.2f}  "
-        f"{stage.kv_bytes_per_token:>10,}  {stage.kv_capacity_tokens:>10,}"
-        for stage in plan.stages
-    ]
-    verdict = (
-        f"the pipeline holds {plan.kv_capacity_tokens:,} tokens of KV cache"
-        if plan.fits
-        else "does not fit: a stage with 0 KV tokens has no room; use more stages or larger GPUs"
+def make_request(args: argparse.Namespace, config: Config, known: Mapping[str, Gpu]) -> Request:
+    """What the flags ask to plan."""
+    if args.cluster:
+        found = cluster_gpus(known)
+        for line in found.left_out:
+            print(f"stageline plan: left out {line}", file=sys.stderr)
+        devices = found.gpus
+    else:
+        devices = parse_inventory(args.gpu, known)
+    model_config = find_model_config(config.model.path, config.model.revision)
+    if args.context_tokens > model_config.max_position_embeddings:
+        raise ConfigError(
+            "CONTEXT_TOO_LONG",
+            f"--context-tokens is {args.context_tokens}, the model goes to {model_config.max_position_embeddings}",
+            field="context_tokens",
+            value=args.context_tokens,
+        )
+    block = config.kv_cache.block_size_tokens or 256  # what FlashAttention-2's paged KV takes
+    model = config.model.path
+    return Request(
+        model=Path(model).name if Path(model).exists() else model,
+        config=model_config,
+        gpus=devices,
+        dtype=config.model.dtype,
+        num_stages=config.stages.count,
+        layers=config.stages.layers,
+        link=Link(bytes_per_s=args.link_gbps * 1e9 / 8, latency_s=args.hop_latency_ms / 1e3),
+        workload=Workload(
+            context_tokens=args.context_tokens,
+            max_step_tokens=config.scheduler.max_step_tokens,
+            max_step_sequences=config.scheduler.max_step_sequences,
+        ),
+        usable_fraction=args.usable_fraction,
+        block_size_tokens=block,
     )
-    return "\n".join([*rows, f"{plan.parameters:,} parameters; {verdict}"])
+
+
+def _check(args: argparse.Namespace) -> None:
+    limits = {
+        "--gpu-memory-bytes": args.gpu_memory_bytes is None or args.gpu_memory_bytes >= 1,
+        "--usable-fraction": 0 < args.usable_fraction <= 1,
+        "--link-gbps": 0 < args.link_gbps < float("inf"),
+        "--hop-latency-ms": 0 <= args.hop_latency_ms < float("inf"),
+        "--context-tokens": args.context_tokens >= 1,
+    }
+    wrong = [flag for flag, right in limits.items() if not right]
+    if wrong:
+        raise ConfigError(
+            "CONFIG_INVALID",
+            f"{', '.join(wrong)}: out of range; --usable-fraction is in (0, 1], the others are over 0",
+            field=wrong[0],
+        )
+    if args.profile and args.gpu is None and not args.cluster:
+        raise ConfigError(
+            "CONFIG_INVALID", "--profile describes GPUs by name: it needs --gpu or --cluster", field="profile"
+        )
+
+
+def _sizes(args: argparse.Namespace, config: Config) -> int:
+    """Bytes and tokens of a split on GPUs that have a memory and no name."""
+    model = find_model_config(config.model.path, config.model.revision)
+    plan = make_plan(
+        model,
+        resolve_layers(model, config.stages.count, config.stages.layers),
+        dtype=config.model.dtype,
+        gpu_memory_bytes=args.gpu_memory_bytes or 80 << 30,
+        usable_fraction=args.usable_fraction,
+        block_size_tokens=config.block_size_tokens(),
+    )
+    print(json.dumps(plan.to_dict(), indent=2) if args.output == "json" else sizes_table(plan))
+    return 0 if plan.fits else 1

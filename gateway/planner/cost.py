@@ -1,0 +1,144 @@
+"""What a stage costs: bytes on its GPU, seconds of a micro-batch on it, seconds of a hop to the next.
+
+Times are rooflines (Williams et al., 2009): a product takes as long as its operations or its bytes need at the device's
+peak rate, whichever is longer. They are bounds, not measurements; a profile with measured rates turns them into
+predictions. Symbols: D hidden size, F feed-forward size, V vocabulary, T tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gateway.planner.catalogue import Gpu
+from gateway.planner.split import StageCost
+from stages.config import ModelConfig
+from stages.partition import LayerRange, kv_bytes_per_token, layer_tensor_shapes, num_parameters
+
+# What the driver, the CUDA context, cuBLAS's workspaces and the kernels take before the first tensor: an assumption, on
+# the safe side of the 0.6 GiB that a driver holds back and the 0.5 GiB of a context.
+CUDA_RESERVE_BYTES = 3 << 29
+QUEUE_DEPTH_STEPS = 8  # stages.replica.StageSpec.queue_depth_steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Network between neighbouring stages.
+
+    Defaults of `latency_s` and `software_bytes_per_s` were measured between two processes of a 2-core machine over
+    loopback: 0.25-0.36 ms a smallest gRPC round trip, 0.9-1.0 GB/s in 1 MiB frames.
+    """
+
+    bytes_per_s: float = 25e9 / 8
+    latency_s: float = 0.0003
+    software_bytes_per_s: float = 0.95e9
+
+    def seconds(self, num_bytes: int) -> float:
+        """Time of one message to the next process."""
+        return self.latency_s + num_bytes / min(self.bytes_per_s, self.software_bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What the plan is made for: sequences of `context_tokens` tokens on average, decoding.
+
+    `step_sequences` decode in one micro-batch where the split is chosen; the limits are those of the scheduler.
+    """
+
+    context_tokens: int = 2048
+    step_sequences: int = 16
+    max_step_tokens: int = 2048
+    max_step_sequences: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One micro-batch: T tokens, of which `output_rows` need logits; `attended_tokens` is the sum over the T tokens of
+    the positions each attends to, `kv_tokens` the sum over sequences of the positions that are read from the cache."""
+
+    tokens: int
+    output_rows: int
+    attended_tokens: float
+    kv_tokens: float
+
+    @classmethod
+    def decode(cls, sequences: int, context_tokens: int) -> Step:
+        """One token of each of `sequences`."""
+        read = float(sequences * context_tokens)
+        return cls(tokens=sequences, output_rows=sequences, attended_tokens=read, kv_tokens=read)
+
+    @classmethod
+    def prefill(cls, tokens: int, context_tokens: int) -> Step:
+        """A chunk of one prompt, half of which has been computed on average."""
+        before = context_tokens / 2
+        return cls(tokens=tokens, output_rows=1, attended_tokens=tokens * before, kv_tokens=before)
+
+
+def layer_weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+    """Bytes of one decoder layer."""
+    return dtype_bytes * sum(math.prod(shape) for shape in layer_tensor_shapes(config, 0).values())
+
+
+def layer_seconds(config: ModelConfig, gpu: Gpu, step: Step, dtype_bytes: int) -> float:
+    """Roofline of one decoder layer: its products, then attention over the cache."""
+    weights = layer_weight_bytes(config, dtype_bytes)
+    products = max(weights / gpu.memory_bytes_per_s, 2 * (weights / dtype_bytes) * step.tokens / gpu.flops_per_s)
+    kv_bytes = step.kv_tokens * kv_bytes_per_token(config, LayerRange(0, 1), dtype_bytes)
+    # Scores and weighted values: 2 operations each a query head, channel and attended position.
+    operations = 4 * config.num_heads * config.head_dim * step.attended_tokens
+    return products + max(kv_bytes / gpu.memory_bytes_per_s, operations / gpu.flops_per_s)
+
+
+def head_seconds(config: ModelConfig, gpu: Gpu, step: Step, dtype_bytes: int) -> float:
+    """Roofline of `lm_head`, and of writing and reading its float32 logits once for the choice."""
+    parameters = config.vocab_size * config.hidden_size
+    products = max(
+        parameters * dtype_bytes / gpu.memory_bytes_per_s, 2 * parameters * step.output_rows / gpu.flops_per_s
+    )
+    return products + 2 * 4 * step.output_rows * config.vocab_size / gpu.memory_bytes_per_s
+
+
+def stage_seconds(config: ModelConfig, layers: LayerRange, gpu: Gpu, step: Step, dtype_bytes: int) -> float:
+    """Time of a micro-batch on a stage."""
+    head = head_seconds(config, gpu, step, dtype_bytes) if layers.is_last(config) else 0.0
+    return gpu.step_overhead_s + len(layers) * layer_seconds(config, gpu, step, dtype_bytes) + head
+
+
+def activation_bytes(config: ModelConfig, workload: Workload, dtype_bytes: int, *, last: bool) -> int:
+    """Largest sum of live tensors besides weights and cache while a full micro-batch is computed.
+
+    In the MLP: gate and up side by side (2F), silu(gate) (F), their product (F), two residuals, the attention's output
+    and its projection (4D), for each token. On the last stage, afterwards: logits in the model's dtype and three times in
+    float32 (the rows, their exponentials for the log-sum-exp, a processed copy), for each sequence.
+    """
+    mlp = workload.max_step_tokens * dtype_bytes * 4 * (config.intermediate_size + config.hidden_size)
+    logits = workload.max_step_sequences * config.vocab_size * (dtype_bytes + 3 * 4)
+    return max(mlp, logits) if last else mlp
+
+
+def usable_bytes(
+    config: ModelConfig, gpu: Gpu, workload: Workload, dtype_bytes: int, fraction: float, *, last: bool
+) -> int:
+    """What a GPU has for weights and KV cache: `fraction` of its memory less the reserve and the activations."""
+    return (
+        int(gpu.memory_bytes * fraction)
+        - CUDA_RESERVE_BYTES
+        - activation_bytes(config, workload, dtype_bytes, last=last)
+    )
+
+
+def stage_cost(
+    config: ModelConfig, gpu: Gpu, workload: Workload, dtype_bytes: int, fraction: float, *, first: bool, last: bool
+) -> StageCost:
+    """The cost model of one place in the pipeline, for `split.cut`: decode at the workload's batch and context."""
+    step = Step.decode(workload.step_sequences, workload.context_tokens)
+    ends = LayerRange(0 if first else 1, config.num_layers if last else config.num_layers - 1)
+    layers_only = len(ends) * layer_weight_bytes(config, dtype_bytes)
+    return StageCost(
+        layer_s=layer_seconds(config, gpu, step, dtype_bytes),
+        fixed_s=gpu.step_overhead_s + (head_seconds(config, gpu, step, dtype_bytes) if last else 0.0),
+        memory_bytes=usable_bytes(config, gpu, workload, dtype_bytes, fraction, last=last),
+        layer_bytes=layer_weight_bytes(config, dtype_bytes),
+        fixed_bytes=num_parameters(config, ends) * dtype_bytes - layers_only,
+        kv_layer_bytes_per_token=kv_bytes_per_token(config, LayerRange(0, 1), dtype_bytes),
+    )
