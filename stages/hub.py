@@ -32,7 +32,7 @@ class HubModel:
     def download(self, file_name: str) -> Path:
         """Local path of one file, downloaded unless the cache has it. Raises as `fetch_metadata` does."""
         return Path(
-            _typed(
+            typed(
                 self.repo_id,
                 self.commit,
                 lambda: huggingface_hub.hf_hub_download(self.repo_id, file_name, revision=self.commit),
@@ -49,7 +49,7 @@ def fetch_metadata(repo_id: str, revision: str | None) -> HubModel:
     and not in the local cache), CheckpointError (the model lacks a file).
     """
     folder = Path(
-        _typed(
+        typed(
             repo_id,
             revision,
             lambda: huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(METADATA_FILES)),
@@ -58,8 +58,8 @@ def fetch_metadata(repo_id: str, revision: str | None) -> HubModel:
     return HubModel(repo_id, folder.name, folder)  # the cache names a snapshot's folder after its commit
 
 
-def _typed(repo_id: str, revision: str | None, call: Callable[[], _T]) -> _T:
-    """Run one hub call and turn its failures into ours."""
+def typed(repo_id: str, revision: str | None, call: Callable[[], _T]) -> _T:
+    """Run one hub call and turn its failures into ours; `fetch_metadata` lists them."""
     wanted = f"hub model {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return call()

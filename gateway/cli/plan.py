@@ -10,10 +10,11 @@ from pathlib import Path
 
 from gateway.cli.options import add_config_arguments, config_from
 from gateway.config import Config
-from gateway.planner.advice import advise
+from gateway.planner.advice import Advice, advise
 from gateway.planner.catalogue import Gpu, find_model_config, gpus, parse_inventory, read_profile
-from gateway.planner.cluster_plan import Request, make_cluster_plan
+from gateway.planner.cluster_plan import ClusterPlan, Request, make_cluster_plan
 from gateway.planner.cost import Link, Workload
+from gateway.planner.k8s import Deployment, as_stream, manifests, write
 from gateway.planner.nodes import cluster_gpus
 from gateway.planner.report import make_plan
 from gateway.planner.split import resolve_layers
@@ -37,7 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link-gbps", type=float, default=25.0, help="network between stages, gigabits a second")
     parser.add_argument("--hop-latency-ms", type=float, default=0.3, help="one message to the next stage, ms")
     parser.add_argument("--context-tokens", type=int, default=2048, help="average length of a sequence")
-    parser.add_argument("--output", choices=["table", "json"], default="table")
+    parser.add_argument("--output", choices=["table", "json", "k8s"], default="table", help="k8s: Kubernetes manifests")
+    k8s, defaults = parser.add_argument_group("--output k8s"), Deployment()
+    k8s.add_argument("--output-dir", metavar="DIR", help="write the manifests there instead of printing them")
+    k8s.add_argument(
+        "--image", default=defaults.image, help="image without its tag, such as registry.example/stageline"
+    )
+    k8s.add_argument("--namespace", default=defaults.namespace, help="namespace of everything")
+    k8s.add_argument("--storage-class", default=defaults.storage_class, help="StorageClass that can ReadWriteMany")
+    k8s.add_argument(
+        "--operator-namespace", default=defaults.operator_namespace, help="where the KubeRay operator runs"
+    )
+    k8s.add_argument("--spare-gpus", type=int, default=0, help="GPUs of each kind beyond those of the stages")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,16 +63,44 @@ def run(args: argparse.Namespace) -> int:
         )
     _check(args)
     if args.gpu is None and not args.cluster:
+        if args.output == "k8s":
+            raise ConfigError("GPU_MISSING", "--output k8s needs --gpu NAME:COUNT or --cluster", field="gpu")
         return _sizes(args, config)
     known = gpus() | (read_profile(args.profile) if args.profile else {})
     request = make_request(args, config, known)
     plan = make_cluster_plan(request)
     advice = advise(request, plan, known)
+    if args.output == "k8s":
+        return _manifests(args, request, plan, advice, known)
     if args.output == "json":
         print(json.dumps(plan.to_dict() | {"advice": advice.to_dict()}, indent=2))
     else:
         print(cluster_table(request, plan, advice))
     return 0 if plan.fits else 1
+
+
+def _manifests(
+    args: argparse.Namespace, request: Request, plan: ClusterPlan, advice: Advice, known: Mapping[str, Gpu]
+) -> int:
+    """Print the manifests, or write them; a plan that does not fit has none."""
+    if not plan.fits:
+        print(cluster_table(request, plan, advice), file=sys.stderr)
+        return 1
+    deployment = Deployment(
+        image=args.image,
+        namespace=args.namespace,
+        storage_class=args.storage_class,
+        operator_namespace=args.operator_namespace,
+        spare_gpus=args.spare_gpus,
+    )
+    files = manifests(plan, request.workload, known, deployment)
+    if args.output_dir is None:
+        print(as_stream(files), end="")
+        return 0
+    write(files, Path(args.output_dir))
+    for name in files:
+        print(Path(args.output_dir) / name)
+    return 0
 
 
 def make_request(args: argparse.Namespace, config: Config, known: Mapping[str, Gpu]) -> Request:
@@ -107,14 +147,17 @@ def _check(args: argparse.Namespace) -> None:
         "--link-gbps": 0 < args.link_gbps < float("inf"),
         "--hop-latency-ms": 0 <= args.hop_latency_ms < float("inf"),
         "--context-tokens": args.context_tokens >= 1,
+        "--spare-gpus": 0 <= args.spare_gpus <= 1000,
     }
     wrong = [flag for flag, right in limits.items() if not right]
     if wrong:
         raise ConfigError(
             "CONFIG_INVALID",
-            f"{', '.join(wrong)}: out of range; --usable-fraction is in (0, 1], the others are over 0",
+            f"{', '.join(wrong)}: out of range; --usable-fraction is in (0, 1], --hop-latency-ms and --spare-gpus at least 0, the others over 0",
             field=wrong[0],
         )
+    if args.output_dir is not None and args.output != "k8s":
+        raise ConfigError("CONFIG_INVALID", "--output-dir belongs to --output k8s", field="output_dir")
     if args.profile and args.gpu is None and not args.cluster:
         raise ConfigError(
             "CONFIG_INVALID", "--profile describes GPUs by name: it needs --gpu or --cluster", field="profile"
