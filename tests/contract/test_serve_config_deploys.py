@@ -1,0 +1,167 @@
+"""The application of k8s/30-rayservice.yaml, deployed on a local Ray by `serve deploy`, answers requests.
+
+Ray is told that it has the cluster's GPUs and pods, so resources stay as they are; what is replaced is the model's folder
+(tiny weights with 80 layers), the device (CPU) and the ports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from stageline.inference.v1 import generation_pb2 as gen
+from stageline.inference.v1 import inference_service_pb2 as pb
+from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tests.tiny import save_tiny, tiny_model
+
+HEAD = """
+import json, sys, ray
+ray.init(address="local", include_dashboard=True, dashboard_port=int(sys.argv[1]), object_store_memory=100_000_000,
+         log_to_driver=False, **json.loads(sys.argv[2]))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+SERVICE = "stageline.inference.v1.InferenceService"
+START_S = 120
+
+
+@dataclass
+class Deployed:
+    grpc: str
+    http: str
+    config: dict[str, Any]
+    model: Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def cluster_resources(service: dict[str, Any]) -> dict[str, Any]:
+    """What all worker pods have together, as arguments of `ray.init`."""
+    total: dict[str, Any] = {"num_cpus": 0.0, "num_gpus": 0.0, "resources": {}}
+    for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        total["num_cpus"] += float(group["rayStartParams"]["num-cpus"]) * group["replicas"]
+        total["num_gpus"] += float(limits.get("nvidia.com/gpu", 0)) * group["replicas"]
+        for name, amount in json.loads(json.loads(group["rayStartParams"]["resources"])).items():
+            total["resources"][name] = total["resources"].get(name, 0) + amount * group["replicas"]
+    return total
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory, ray_service) -> Iterator[Deployed]:
+    root = tmp_path_factory.mktemp("deploy")
+    small = tiny_model(
+        num_hidden_layers=80, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1
+    )
+    model = save_tiny(root / "tiny", small)
+    config = yaml.safe_load(ray_service["spec"]["serveConfigV2"])
+    args = config["applications"][0]["args"]
+    args["model"]["path"] = str(model)
+    args["stages"]["device"] = "cpu"
+    args["server"] |= {"host": "127.0.0.1", "grpc_port": free_port()}
+    config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
+    (root / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    dashboard = free_port()
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    head = subprocess.Popen(
+        [sys.executable, "-c", HEAD, str(dashboard), json.dumps(cluster_resources(ray_service))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env,
+    )  # fmt: skip
+    try:
+        assert head.stdout is not None
+        while (line := head.stdout.readline().strip()) != "ready":
+            assert line or head.poll() is None, "Ray did not start"
+        address = f"http://127.0.0.1:{dashboard}"
+        serve = [str(Path(sys.executable).with_name("serve")), "deploy", str(root / "serve.yaml"), "--address", address]
+        done = subprocess.run(serve, capture_output=True, text=True, timeout=60, env=env)
+        assert done.returncode == 0, done.stderr
+        wait_until_running(address)
+        grpc_address = f"127.0.0.1:{args['server']['grpc_port']}"
+        wait_until_serving(grpc_address)
+        yield Deployed(grpc_address, f"http://127.0.0.1:{config['http_options']['port']}", config, model)
+    finally:
+        assert head.stdin is not None
+        head.stdin.close()  # the head's process ends, and with it everything that Ray started
+        try:
+            head.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            head.kill()
+
+
+def wait_until_running(address: str) -> None:
+    deadline = time.monotonic() + START_S
+    state: Any = None
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"{address}/api/serve/applications/", timeout=10) as answer:
+            state = json.load(answer)["applications"].get("stageline", {})
+        if state.get("status") == "RUNNING":
+            return
+        assert state.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), state["message"]
+        time.sleep(0.3)
+    pytest.fail(f"the application is not running after {START_S} s: {state}")
+
+
+def wait_until_serving(address: str) -> None:
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                answer = stub.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            except grpc.RpcError:
+                pass
+            time.sleep(0.1)
+    pytest.fail("no pipeline is ready")
+
+
+@pytest.mark.timeout(240)
+def test_the_pipeline_is_the_planned_one(deployed: Deployed) -> None:
+    with grpc.insecure_channel(deployed.grpc) as channel:
+        model = InferenceServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=20)
+    args = deployed.config["applications"][0]["args"]
+    assert model.name == args["model"]["name"] == "Qwen2-72B"
+    [pipeline] = model.pipelines
+    assert ",".join(stage.layers for stage in pipeline.stages) == args["stages"]["layers"]
+    assert pipeline.num_blocks == args["kv_cache"]["num_blocks"]
+    pids = [replica.pid for stage in pipeline.stages for replica in stage.replicas]
+    assert len(set(pids)) == len(pipeline.stages) == 4
+
+
+@pytest.mark.timeout(120)
+def test_both_doors_answer_the_same(deployed: Deployed) -> None:
+    prompt = [5, 77, 300, 12, 9, 9, 41]
+    generation = gen.Generation(
+        token_ids=gen.TokenIds(ids=prompt),
+        sampling=gen.SamplingParams(temperature=0),
+        stop=gen.StopConditions(max_tokens=8, ignore_eos=True),
+    )
+    with grpc.insecure_channel(deployed.grpc) as channel:
+        answer = InferenceServiceStub(channel).Generate(pb.GenerateRequest(generation=generation), timeout=60)
+    [choice] = answer.choices
+    assert len(choice.token_ids) == answer.usage.completion_tokens == 8
+    assert choice.finish_reason == gen.FINISH_REASON_LENGTH
+    body = {"model": "Qwen2-72B", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    reply = httpx.post(f"{deployed.http}/v1/completions", json=body, timeout=60).json()
+    assert reply["choices"][0]["text"] == choice.text
+    assert reply["usage"]["completion_tokens"] == 8
