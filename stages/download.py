@@ -7,18 +7,22 @@ tensor with the model; only then is the mark written that others wait for. No to
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
 
 from stageline.errors import CheckpointError, ConfigError, InvalidArgumentError, ResourceExhaustedError, StagelineError
 from stages.checkpoint import open_checkpoint
@@ -28,6 +32,7 @@ from stages.partition import LayerRange
 MARK = ".stageline-complete"
 _VERIFIED = ".stageline-verified.json"
 _CHUNK_BYTES = 16 << 20
+MAX_IDLE_TRIES = 4
 _RESERVE_BYTES = 1 << 30  # left free on the volume
 
 
@@ -90,12 +95,10 @@ def download(repo_id: str, revision: str | None, folder: Path) -> dict[str, Any]
         if _unchanged(path, file, verified["files"].get(file.name)):
             continue
         print(f"{number}/{len(files)} {file.name} ({file.size_bytes:,} bytes)", file=sys.stderr, flush=True)
-        typed(
-            repo_id,
-            commit,
-            functools.partial(huggingface_hub.hf_hub_download, repo_id, file.name, revision=commit, local_dir=folder),
-        )
-        _verify(path, file)
+        part = path.with_name(file.name + ".part")
+        typed(repo_id, commit, functools.partial(_fetch, repo_id, commit, file, part))
+        _verify(part, file)
+        part.replace(path)
         verified["files"][file.name] = [file.checksum, file.size_bytes, path.stat().st_mtime_ns]
         _write(folder / _VERIFIED, verified)
     checkpoint = open_checkpoint(str(folder))
@@ -105,9 +108,61 @@ def download(repo_id: str, revision: str | None, folder: Path) -> dict[str, Any]
     return mark
 
 
+def _fetch(repo_id: str, commit: str, file: HubFile, part: Path) -> None:
+    """Append to `part` what it lacks. huggingface_hub's own download starts a file anew in every process, and a shard
+    has 4 GB. Raises what the hub's client raises, after as many tries without a byte as MAX_IDLE_TRIES."""
+    client: Any = huggingface_hub.utils  # exports these three, without saying so to type checkers
+    url = huggingface_hub.hf_hub_url(repo_id, file.name, revision=commit)
+    idle_tries = 0
+    while True:
+        have = part.stat().st_size if part.exists() else 0
+        if have > file.size_bytes:
+            part.unlink()
+            have = 0
+        if have == file.size_bytes and part.exists():
+            return
+        headers = {**client.build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+        try:
+            with client.get_session().stream(
+                "GET", url, headers=headers, follow_redirects=True, timeout=60
+            ) as response:
+                if response.status_code == 416:  # a file of no bytes
+                    part.touch()
+                    return
+                client.hf_raise_for_status(response)
+                with _writing(part, "ab" if response.status_code == 206 else "wb") as stream:
+                    for chunk in response.iter_raw():
+                        stream.write(chunk)
+        except (StagelineError, HfHubHTTPError):
+            raise
+        except Exception:  # the connection broke; which class says so depends on the version of the hub's client
+            idle_tries = idle_tries + 1 if (part.stat().st_size if part.exists() else 0) <= have else 0
+            if idle_tries >= MAX_IDLE_TRIES:
+                raise
+            time.sleep(idle_tries)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    """Open for writing; raises ResourceExhaustedError for a full disk, ConfigError for what else the volume refuses."""
+    try:
+        with path.open(mode) as stream:
+            yield stream
+    except HfHubHTTPError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhaustedError(
+                "DISK_FULL", f"{path.parent} is full: enlarge the volume", folder=path.parent
+            ) from None
+        raise ConfigError(
+            "FOLDER_NOT_WRITABLE", f"{path}: {error.strerror}", field="into", folder=path.parent
+        ) from None
+
+
 def _check_space(folder: Path, files: Sequence[HubFile]) -> None:
     present = sum((folder / file.name).stat().st_size for file in files if (folder / file.name).exists())
-    partial = sum(path.stat().st_size for path in folder.glob(".cache/huggingface/download/*.incomplete"))
+    partial = sum(path.stat().st_size for path in folder.glob("*.part"))
     missing = max(0, sum(file.size_bytes for file in files) - present - partial)
     free = shutil.disk_usage(folder).free
     if missing and free < missing + _RESERVE_BYTES:
@@ -139,7 +194,7 @@ def _verify(path: Path, file: HubFile) -> None:
         path.unlink()
         raise CheckpointError(
             "CHECKSUM_WRONG",
-            f"{path}: checksum {digest.hexdigest()}, the hub says {file.checksum}; the file was removed, run again",
+            f"{path.name}: checksum {digest.hexdigest()}, the hub says {file.checksum}; it was removed, run again",
             path=path,
         )
 

@@ -63,6 +63,8 @@ def typed(repo_id: str, revision: str | None, call: Callable[[], _T]) -> _T:
     wanted = f"hub model {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return call()
+    except StagelineError:
+        raise
     # From the most special to the most general: GatedRepoError is a RepositoryNotFoundError.
     except hub_errors.GatedRepoError:
         error: StagelineError = UnauthenticatedError(
