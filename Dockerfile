@@ -13,6 +13,8 @@ COPY gateway gateway
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM ${PYTHON_IMAGE} AS base
+# Debian serves the newest version of a package only, so there is none to pin.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends bash ca-certificates wget \
     && rm -rf /var/lib/apt/lists/* \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,3 +310,18 @@ def test_sizes_without_gpus_by_name(capsys) -> None:
     code, out, _ = run(capsys, "--model", "qwen2-72b", "--stages", "4", "--output", "json")
     assert code == 0
     assert [stage["layers"] for stage in json.loads(out)["stages"]] == ["0-21", "21-41", "41-61", "61-80"]
+
+
+def test_the_table_of_the_operating_guide_is_the_planners() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
+    rows = re.findall(r"^\| ([a-z0-9:,-]+:\d+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \|$", guide, re.MULTILINE)
+    assert len(rows) == 5
+    for inventory, latency_ms, kv_tokens, tokens_per_s in rows:
+        plan = make_cluster_plan(request(inventory=inventory))
+        assert plan.performance is not None
+        shown = (
+            round(1e3 * plan.performance.latency_s_per_token),
+            plan.kv_capacity_tokens,
+            round(plan.performance.tokens_per_s),
+        )
+        assert shown == tuple(int(text.replace(",", "")) for text in (latency_ms, kv_tokens, tokens_per_s)), inventory
