@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     plan = make_cluster_plan(request)
     advice = advise(request, plan, known)
     if args.output == "k8s":
-        return _manifests(args, request, plan, advice, known)
+        return _manifests(args, config, request, plan, advice, known)
     if args.output == "json":
         print(json.dumps(plan.to_dict() | {"advice": advice.to_dict()}, indent=2))
     else:
@@ -80,7 +80,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _manifests(
-    args: argparse.Namespace, request: Request, plan: ClusterPlan, advice: Advice, known: Mapping[str, Gpu]
+    args: argparse.Namespace,
+    config: Config,
+    request: Request,
+    plan: ClusterPlan,
+    advice: Advice,
+    known: Mapping[str, Gpu],
 ) -> int:
     """Print the manifests, or write them; a plan that does not fit has none."""
     if not plan.fits:
@@ -92,8 +97,9 @@ def _manifests(
         storage_class=args.storage_class,
         operator_namespace=args.operator_namespace,
         spare_gpus=args.spare_gpus,
+        config=config,
     )
-    files = manifests(plan, request.workload, known, deployment)
+    files = manifests(plan, known, deployment)
     if args.output_dir is None:
         print(as_stream(files), end="")
         return 0

@@ -5,20 +5,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import yaml
 
+from gateway.config import Config
 from gateway.planner.catalogue import Gpu, hub_id, known_models
 from gateway.planner.cluster_plan import ClusterPlan
-from gateway.planner.cost import Workload
 from stageline.errors import ConfigError
 from stages.download import MARK
 
 MODELS_MOUNT = "/models"
+# Fields that the plan or the cluster decides. The second group would be overruled without a word: it is refused.
+_DECIDED = {"model.path", "model.name", "model.dtype", "model.revision", "stages.count", "stages.layers",
+            "kv_cache.block_size_tokens"}  # fmt: skip
+_NOT_HERE = {"stages.replicas", "stages.device", "stages.num_cpus", "stages.num_gpus", "stages.host",
+             "kv_cache.num_blocks", "kv_cache.memory_bytes", "server.host", "server.grpc_port", "server.http_port",
+             "server.ready_timeout_s"}  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -27,7 +35,10 @@ _IMAGE = re.compile(r"[a-z0-9][a-z0-9._-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """What the manifests need besides the plan. `image` has no tag: `-cpu` and `-cuda` builds of `version` are used."""
+    """What the manifests need besides the plan. `image` has no tag: `-cpu` and `-cuda` builds of `version` are used.
+
+    `config` gives the application every field that the plan does not decide.
+    """
 
     image: str = "stageline"
     version: str = "0.1.0"
@@ -35,9 +46,10 @@ class Deployment:
     storage_class: str = "rwx"
     operator_namespace: str = "kuberay-system"
     spare_gpus: int = 0
+    config: Config = field(default_factory=Config)
 
 
-def manifests(plan: ClusterPlan, workload: Workload, gpus: Mapping[str, Gpu], deployment: Deployment) -> dict[str, str]:
+def manifests(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) -> dict[str, str]:
     """Path below `k8s/` → text of every manifest of a plan that fits.
 
     Raises ConfigError where the plan does not fit, or a name is not one that Kubernetes takes.
@@ -55,7 +67,7 @@ def manifests(plan: ClusterPlan, workload: Workload, gpus: Mapping[str, Gpu], de
         lstrip_blocks=True,
         autoescape=False,  # YAML, not HTML
     )
-    values = _values(plan, workload, gpus, deployment)
+    values = _values(plan, gpus, deployment)
     return {name: environment.get_template(name).render(values) for name in template_names()}
 
 
@@ -68,6 +80,21 @@ def _check(plan: ClusterPlan, deployment: Deployment) -> None:
             f"one of {', '.join(known_models())}",
             field="model.path",
             value=plan.model,
+        )
+    for section, fields in deployment.config.model_dump(exclude_defaults=True).items():
+        for key in fields:
+            if f"{section}.{key}" in _NOT_HERE:
+                raise ConfigError(
+                    "FIELD_DECIDED_BY_PLAN",
+                    f"{section}.{key} is decided by the plan, or fixed by the manifests; leave it out of --output k8s",
+                    field=f"{section}.{key}",
+                )
+    if plan.dtype != "bfloat16" or plan.block_size_tokens % 256:
+        raise ConfigError(
+            "NOT_FOR_CUDA",
+            f"model.dtype {plan.dtype} with blocks of {plan.block_size_tokens} tokens: FlashAttention-2 on CUDA needs "
+            "bfloat16 and kv_cache.block_size_tokens in multiples of 256",
+            field="model.dtype",
         )
     for flag, value, pattern, expected in (
         ("--namespace", deployment.namespace, _DNS_LABEL, "at most 63 lower-case letters, digits and dashes"),
@@ -122,9 +149,7 @@ def _source(name: str) -> str:
     return resources.files("gateway.planner").joinpath("manifests", *name.split("/")).read_text(encoding="utf-8")
 
 
-def _values(
-    plan: ClusterPlan, workload: Workload, gpus: Mapping[str, Gpu], deployment: Deployment
-) -> dict[str, object]:
+def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) -> dict[str, object]:
     hub = hub_id(plan.model) if plan.model in known_models() else plan.model
     name = hub.rpartition("/")[2]
     weights = sum(stage.weight_bytes for stage in plan.stages)
@@ -142,6 +167,7 @@ def _values(
         for gpu, count in counts.items()
     ]
     inventory = " and ".join(f"{count} x {gpu}" for gpu, count in counts.items())
+    args = _arguments(plan, deployment.config, f"{MODELS_MOUNT}/{name}", name)
     image = f"{deployment.image}:{deployment.version}"
     return {
         "title": f"{name} on {inventory}: {plan.num_pipelines} pipeline{'s' * (plan.num_pipelines > 1)} of "
@@ -154,15 +180,10 @@ def _values(
         "hub_id": hub,
         "models_mount": MODELS_MOUNT,
         "model_folder": f"{MODELS_MOUNT}/{name}",
-        "model_name": name,
-        "dtype": plan.dtype,
-        "layers": plan.layers(),
-        "num_pipelines": plan.num_pipelines,
-        "block_size_tokens": plan.block_size_tokens,
-        "num_blocks": plan.num_blocks,
+        "revision": deployment.config.model.revision or "main",
+        "args": yaml.safe_dump(args, sort_keys=False, default_flow_style=False, width=1000).rstrip(),
+        "gateway_grace_s": math.ceil(args["server"]["drain_timeout_s"]) + 60,
         "kv_tokens": f"{plan.kv_capacity_tokens:,}",
-        "max_step_tokens": workload.max_step_tokens,
-        "max_step_sequences": workload.max_step_sequences,
         "stages": plan.stages,
         "gpu_groups": groups,
         "min_available": max(0, len(plan.stages) * plan.num_pipelines - 1),
@@ -172,6 +193,25 @@ def _values(
         "mark": MARK,
         "gib": lambda size: f"{size / 2**30:.2f}",
     }
+
+
+def _arguments(plan: ClusterPlan, config: Config, folder: str, name: str) -> dict[str, dict[str, Any]]:
+    """The application's arguments: what the plan decides, then every other field that is not at its default."""
+    planned: dict[str, dict[str, Any]] = {
+        "model": {"path": folder, "name": config.model.name or name, "dtype": plan.dtype},
+        "stages": {"layers": plan.layers(), "replicas": plan.num_pipelines, "device": "cuda", "num_gpus": 1},
+        "kv_cache": {"block_size_tokens": plan.block_size_tokens, "num_blocks": plan.num_blocks},
+        "scheduler": {
+            "max_step_tokens": config.scheduler.max_step_tokens,
+            "max_step_sequences": config.scheduler.max_step_sequences,
+        },
+        "server": {"host": "0.0.0.0", "grpc_port": 9000, "drain_timeout_s": 60.0},
+    }
+    for section, fields in config.model_dump(exclude_defaults=True).items():
+        for key, value in fields.items():
+            if f"{section}.{key}" not in _DECIDED:
+                planned.setdefault(section, {})[key] = value
+    return planned
 
 
 def _products(gpu: Gpu) -> tuple[str, ...]:

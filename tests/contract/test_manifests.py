@@ -322,6 +322,34 @@ def test_wrong_names_write_nothing(capsys, args: tuple[str, ...], says: str) -> 
     assert says in captured.err
 
 
+def test_every_field_reaches_the_application_or_is_refused(tmp_path: Path, capsys) -> None:
+    """Nothing that a user sets is dropped in silence, whichever field it is."""
+    values = {"device": "cuda", "dtype": "float32", "layers": "0-20,20-40,40-60,60-80", "count": "4", "path": "qwen2-72b",
+              "block_size_tokens": "512", "batch_invariant": "true"}  # fmt: skip
+    seen = 0
+    for section, name, *_ in configuration.fields():
+        flag = f"--{section}.{name}".replace("_", "-")
+        value = values.get(name, "7")
+        folder = tmp_path / f"{section}.{name}"
+        code = main([*DEFAULT, flag, value, "--output-dir", str(folder)])
+        capsys.readouterr()
+        if code == 2:
+            assert not folder.exists()
+            continue
+        [service] = read_manifests((folder / "30-rayservice.yaml").read_text())
+        assert serve_config_errors(serve_config(service)) == []
+        args = serve_config(service)["applications"][0]["args"]
+        [_, model] = read_manifests((folder / "20-config.yaml").read_text())
+        if f"{section}.{name}" == "stages.count":
+            assert len(args["stages"]["layers"].split(",")) == 4
+        elif f"{section}.{name}" == "model.revision":
+            assert model["data"]["REVISION"] == value
+        elif f"{section}.{name}" != "model.path":
+            assert str(args[section][name]).lower() in (value, f"{value}.0"), flag
+        seen += 1
+    assert seen >= 10
+
+
 def test_a_plan_that_does_not_fit_has_no_manifests(capsys) -> None:
     args = ["plan", "--model", "qwen2-72b", "--gpu", "l4-24g:4", "--output", "k8s"]
     assert main(args) == 1
