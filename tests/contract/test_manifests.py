@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import K8S, pod_templates, read_manifests
+from manifest_files import K8S, pod_templates, read_manifests
 from pod_security import violations
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 from schemas import errors_of
