@@ -12,13 +12,14 @@ from gateway.cli.options import add_config_arguments, config_from
 from gateway.config import Config
 from gateway.planner.advice import Advice, advise
 from gateway.planner.catalogue import Gpu, find_model_config, gpus, parse_inventory, read_profile
-from gateway.planner.cluster_plan import ClusterPlan, Request, make_cluster_plan
+from gateway.planner.cluster_plan import make_cluster_plan
 from gateway.planner.cost import Link, Workload
 from gateway.planner.k8s import Deployment, as_stream, manifests, write
 from gateway.planner.nodes import cluster_gpus
 from gateway.planner.report import make_plan
 from gateway.planner.split import resolve_layers
 from gateway.planner.tables import cluster_table, sizes_table
+from gateway.planner.types import ClusterPlan, Request
 from stageline.errors import ConfigError
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gateway.planner.catalogue import Gpu, inventory_text
-from gateway.planner.cluster_plan import ClusterPlan, Request, make_cluster_plan, scaled
+from gateway.planner.cluster_plan import make_cluster_plan, scaled
+from gateway.planner.types import ClusterPlan, Request
 
 RESOURCES = ("memory", "memory bandwidth", "compute", "link bandwidth", "hop latency")
 

@@ -4,113 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from gateway.planner.catalogue import Gpu
 from gateway.planner.cost import (
     CUDA_RESERVE_BYTES,
     QUEUE_DEPTH_STEPS,
-    Link,
     Step,
-    Workload,
     activation_bytes,
     stage_cost,
     stage_seconds,
 )
 from gateway.planner.report import DTYPE_BYTES
 from gateway.planner.split import check_num_stages, cut, resolve_layers, split, to_ranges
+from gateway.planner.types import ClusterPlan, Memory, Performance, PlannedStage, Request
 from stageline.errors import ConfigError
-from stages.config import ModelConfig
 from stages.partition import LayerRange, kv_bytes_per_token, num_parameters
 
 MIN_BLOCKS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What to plan. `gpus` are all GPUs there are, in the order written; `num_stages` (default: one a GPU) and `layers`
-    as in the configuration. `usable_fraction` of a GPU's memory may be used, the rest stays unassigned."""
-
-    model: str
-    config: ModelConfig
-    gpus: tuple[Gpu, ...]
-    dtype: str = "bfloat16"
-    num_stages: int | None = None
-    layers: str | None = None
-    link: Link = field(default_factory=Link)
-    workload: Workload = field(default_factory=Workload)
-    usable_fraction: float = 0.9
-    block_size_tokens: int = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Every byte of one GPU. `unassigned_bytes` is below 0 where the stage does not fit."""
-
-    total_bytes: int
-    weight_bytes: int
-    kv_cache_bytes: int
-    activation_bytes: int
-    cuda_reserve_bytes: int
-    unassigned_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedStage:
-    """One stage. Times are those of a micro-batch: `decode_one_s` of one sequence, `decode_s` of a full one, `prefill_s`
-    of a full chunk. `hop_*` is the way to the next stage, or from the last to the gateway."""
-
-    index: int
-    gpu: str
-    layers: str
-    num_layers: int
-    parameters: int
-    weight_bytes: int
-    kv_bytes_per_token: int
-    kv_capacity_tokens: int
-    memory: Memory
-    decode_one_s: float
-    decode_s: float
-    prefill_s: float
-    hop_decode_s: float
-    hop_prefill_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Performance:
-    """Of one pipeline at the plan's workload. `sequences` decode at once in `in_flight` micro-batches."""
-
-    latency_s_per_token: float
-    ttft_s: float
-    sequences: int
-    in_flight: int
-    tokens_per_s: float
-    prefill_tokens_per_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterPlan:
-    """A plan. `kv_capacity_tokens` and `performance` are those of one pipeline, of which there are `num_pipelines`."""
-
-    model: str
-    dtype: str
-    parameters: int
-    num_pipelines: int
-    stages: tuple[PlannedStage, ...]
-    block_size_tokens: int
-    num_blocks: int
-    kv_capacity_tokens: int
-    fits: bool
-    performance: Performance | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def layers(self) -> str:
-        """The split as `stages.layers` takes it."""
-        return ",".join(stage.layers for stage in self.stages)
 
 
 def make_cluster_plan(request: Request) -> ClusterPlan:

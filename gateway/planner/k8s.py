@@ -16,7 +16,7 @@ import yaml
 
 from gateway.config import Config
 from gateway.planner.catalogue import Gpu, hub_id, known_models
-from gateway.planner.cluster_plan import ClusterPlan
+from gateway.planner.types import ClusterPlan
 from stageline.errors import ConfigError
 from stages.download import MARK
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gateway.planner.advice import Advice
 from gateway.planner.catalogue import inventory_text
-from gateway.planner.cluster_plan import ClusterPlan, Request
 from gateway.planner.report import Plan
+from gateway.planner.types import ClusterPlan, Request
 
 GIB = 1 << 30
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from gateway.cli import main
 from gateway.planner.advice import advise
 from gateway.planner.catalogue import find_model_config, gpus, hub_id, known_models, parse_inventory, read_profile
-from gateway.planner.cluster_plan import Request, make_cluster_plan
+from gateway.planner.cluster_plan import make_cluster_plan
 from gateway.planner.cost import Link, Workload
 from gateway.planner.split import StageCost, cut
+from gateway.planner.types import Request
 from stageline.errors import ConfigError
 from stages.partition import LayerRange, check_cover, num_parameters, parse_layer_ranges
 
