@@ -88,10 +88,9 @@ class Keeper:
         return Scheduler(
             num_blocks=pipeline.num_blocks,
             block_size_tokens=pipeline.block_size_tokens,
-            max_step_tokens=self._settings.max_step_tokens,
-            max_step_sequences=self._settings.max_step_sequences,
             max_in_flight=pipeline.max_in_flight,
-            max_waiting_sequences=self._settings.max_waiting_sequences,
+            num_stages=len(pipeline.stages),
+            limits=self._settings.limits(),
         )
 
     async def _keep(self, lane: Lane) -> None:
