@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from gateway.scheduler.ledger import Ledger
 from gateway.scheduler.sequence import Sequence
 
@@ -43,6 +45,10 @@ def check_integrity(ledger: Ledger) -> None:
             for index, block in enumerate(row.block_table):
                 if index >= len(held) or held[index] != block:  # ended, or a cached block took its place
                     assert not ledger._pool.may_be_given(block), "a block in flight could be given to another sequence"
+    filled = Counter(
+        key for step in ledger._in_flight for row in step.rows if row.is_prefill for key in ledger._filled_keys(row)
+    )
+    assert filled == ledger._being_filled
     alone = {sequence_id for sequence_id, sequence in ledger._sequences.items() if sequence.run_alone}
     assert alone == ledger._alone.keys()
     live_registered = {s.sequence_id for s in ledger._sequences.values() if s.registered}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping
 from heapq import heappop, heappush
 
@@ -58,6 +58,7 @@ class Ledger:
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; also of sequences that ended
         self._in_flight: deque[MicroBatch] = deque()
         self._in_flight_prefill: deque[int] = deque()  # prefill tokens of each of them
+        self._being_filled: Counter[bytes] = Counter()  # keys of the blocks that prefill rows in flight complete
         self._released: dict[int, None] = {}  # an ordered set: ids whose penalty counts the last stage still holds
         self._drain_rate = DrainRate()
         self._now_s = 0.0
@@ -160,11 +161,19 @@ class Ledger:
 
     def _publish(self, row: ScheduledRow) -> None:
         """The blocks that this row filled hold what their keys say, on every stage: others may share them."""
+        first = row.start // self.block_size_tokens
+        for index, key in enumerate(self._filled_keys(row), start=first):
+            self._pool.publish(row.block_table[index], key)
+
+    def _filled_keys(self, row: ScheduledRow) -> list[bytes]:
+        """Keys of the blocks that a row completes and that may be shared."""
         first, last = row.start // self.block_size_tokens, row.context_len // self.block_size_tokens
-        if first < last and self.limits.prefix_caching and row.sequence.use_prefix_cache:
-            keys = row.sequence.keys(last, self.block_size_tokens)
-            for index in range(first, last):
-                self._pool.publish(row.block_table[index], keys[index])
+        if first == last or not self._may_share(row.sequence):
+            return []
+        return row.sequence.keys(last, self.block_size_tokens)[first:last]
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        return self.limits.prefix_caching and sequence.use_prefix_cache
 
     def _learn(self, micro_batch: MicroBatch, timing: StepTiming) -> None:
         prefill = [row for row in micro_batch.rows if row.is_prefill]
@@ -194,6 +203,12 @@ class Ledger:
         assert micro_batch.step_id == step_id, f"step {step_id} returned before step {micro_batch.step_id}"
         self._in_flight_prefill.popleft()
         self._pool.step_returned(step_id)
+        for row in micro_batch.rows:
+            if row.is_prefill:
+                for key in self._filled_keys(row):
+                    self._being_filled[key] -= 1
+                    if not self._being_filled[key]:
+                        del self._being_filled[key]
         return micro_batch
 
     def finish(self, sequence_id: int) -> bool:
@@ -251,6 +266,7 @@ class Ledger:
         self._pool = BlockPool(num_blocks)
         self._in_flight.clear()
         self._in_flight_prefill.clear()
+        self._being_filled.clear()
         self._last_step_id = 0
         self._prefilling.clear()
         self._ready.clear()
@@ -315,12 +331,16 @@ class Ledger:
         """Of a sequence that is not here, the tokens that the prefix cache would save now."""
         return len(self._cached_blocks(sequence, 0)) * self.block_size_tokens
 
+    def _num_shareable(self, sequence: Sequence) -> int:
+        """Its full blocks without the last token, which is always computed."""
+        return (sequence.num_tokens - 1) // self.block_size_tokens
+
     def _cached_blocks(self, sequence: Sequence, first: int) -> list[int]:
-        """Published blocks for its blocks `first`, `first` + 1, ...; never for the last token: it is always computed."""
-        if not self.limits.prefix_caching or not sequence.use_prefix_cache:
+        """Published blocks for its blocks `first`, `first` + 1, ..."""
+        if not self._may_share(sequence):
             return []
         blocks: list[int] = []
-        for index in range(first, (sequence.num_tokens - 1) // self.block_size_tokens):
+        for index in range(first, self._num_shareable(sequence)):
             block = self._pool.find(sequence.keys(index + 1, self.block_size_tokens)[index])
             if block is None:
                 break

@@ -111,7 +111,7 @@ class Scheduler(Ledger):
         if not last_resort and self._over_share(sequence, 1):
             return False
         candidates = (other for other in self._running.values() if not other.in_flight_steps)
-        victim = max(candidates, key=lambda other: other.rank)
+        victim = max(candidates, key=_rank)
         if victim is sequence:
             return False
         self._preempt(victim)
@@ -134,12 +134,13 @@ class Scheduler(Ledger):
 
     def _schedule_prefills(self, step_id: int, rows: list[ScheduledRow]) -> int:
         """Chunks of running prompts, in service order. Returns the prefill tokens left for new ones."""
-        prompts = sorted(self._prefilling.values(), key=lambda other: other.rank)
+        prompts = sorted(self._prefilling.values(), key=_rank)
         budget = self._prefill_budget(prompts, len(rows))
         for sequence in prompts:
             if budget == 0 or len(rows) == self.limits.max_step_sequences:
                 break
-            budget -= self._prefill_row(step_id, rows, sequence, budget)
+            if not self._waits_for_prefix(sequence):
+                budget -= self._prefill_row(step_id, rows, sequence, budget)
         return budget
 
     def _prefill_budget(self, prompts: list[Sequence], num_decodes: int) -> int:
@@ -175,10 +176,26 @@ class Scheduler(Ledger):
         limits = self.limits
         max_running = limits.max_step_sequences * self.max_in_flight  # more could never be in flight together
         while budget and len(rows) < limits.max_step_sequences and len(self._running) < max_running:
-            sequence = self._waiting.first(lambda one: not self._over_share(one, self._num_blocks_for(one.num_tokens)))
+            sequence = self._waiting.first(self._may_be_admitted)
             if sequence is None or not self._allocate(sequence):
                 break
             budget -= self._prefill_row(step_id, rows, sequence, budget)
+
+    def _may_be_admitted(self, sequence: Sequence) -> bool:
+        over_share = self._over_share(sequence, self._num_blocks_for(sequence.num_tokens))
+        return not over_share and not self._waits_for_prefix(sequence)
+
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        """Whether its next blocks are being computed in flight for another sequence, so that it is better off waiting."""
+        if not self._being_filled or not self._may_share(sequence):
+            return False
+        first = sequence.num_scheduled_tokens // self.block_size_tokens
+        first += len(self._cached_blocks(sequence, first))
+        last = min(first + self._num_blocks_for(self.limits.min_prefill_tokens), self._num_shareable(sequence))
+        if first >= last:
+            return False
+        keys = sequence.keys(last, self.block_size_tokens)
+        return all(key in self._being_filled for key in keys[first:last])
 
     def _allocate(self, sequence: Sequence) -> bool:
         """Make a waiting sequence run, if there are blocks for all its tokens."""
@@ -239,10 +256,10 @@ class Scheduler(Ledger):
         """The next row of a sequence that must run alone (probes before it), once nothing else is in flight. The others
         keep their blocks unless it needs them."""
         probes = [sequence for sequence in self._sequences.values() if sequence.priority >= PROBE_PRIORITY]
-        sequence = min([*probes, *self._alone.values()], key=lambda other: other.rank)
+        sequence = min([*probes, *self._alone.values()], key=_rank)
         if any(row.sequence is not sequence for step in self._in_flight for row in step.rows):
             return
-        others = sorted((other for other in self._running.values() if other is not sequence), key=lambda one: one.rank)
+        others = sorted((other for other in self._running.values() if other is not sequence), key=_rank)
         if sequence.sequence_id not in self._running:
             while not self._allocate(sequence):
                 self._preempt(others.pop())
@@ -265,7 +282,7 @@ class Scheduler(Ledger):
             self._released.pop(sequence.sequence_id, None)  # registering replaces what the stage holds
         sequence.num_scheduled_tokens = end
         sequence.in_flight_steps.append(step_id)
-        return ScheduledRow(
+        row = ScheduledRow(
             sequence=sequence,
             start=start,
             num_tokens=num_tokens,
@@ -277,3 +294,10 @@ class Scheduler(Ledger):
             needs_registration=needs_registration,
             is_prefill=is_prefill,
         )
+        if is_prefill:
+            self._being_filled.update(self._filled_keys(row))
+        return row
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

@@ -184,6 +184,7 @@ class Answer:
     logprobs: list = field(default_factory=list)
     finish_reason: FinishReason | None = None
     matched_stop: str = ""
+    cached_prompt_tokens: int = 0
 
     def take(self, delta: ChoiceDelta) -> None:
         assert self.finish_reason is None, "a delta after the last one"
@@ -191,6 +192,7 @@ class Answer:
         self.text += delta.text
         self.logprobs += delta.logprobs
         self.finish_reason, self.matched_stop = delta.finish_reason, delta.matched_stop
+        self.cached_prompt_tokens = delta.cached_prompt_tokens
 
 
 async def collect(engine: Engine, what: GenerateRequest) -> dict[int, Answer]:

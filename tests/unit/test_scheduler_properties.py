@@ -256,11 +256,21 @@ class SimulatedPipeline(RuleBasedStateMachine):
                 first, second = self.live[early], self.live[late]
                 if first.run_alone or second.request_key is not None:  # ahead of all; passed over for its share
                     continue
+                if self.is_being_computed(second, step):
+                    continue
                 assert first.priority >= second.priority
                 if first.priority == second.priority:
                     assert early in self.ran_before or late not in self.ran_before
                     if (early in self.ran_before) == (late in self.ran_before) and first.tenant == second.tenant:
                         assert first.arrival < second.arrival
+
+    def is_being_computed(self, sequence: Sequence, step: MicroBatch) -> bool:
+        """Whether a prompt in flight begins with the same block, which is worth waiting for."""
+        end = self.block_size
+        if not self.limits.prefix_caching or not sequence.use_prefix_cache or sequence.num_tokens <= end:
+            return False
+        prompts = [row.sequence for other in [*self.flying, step] for row in other.rows if row.is_prefill]
+        return any(one.num_tokens >= end and contents(one, end) == contents(sequence, end) for one in prompts)
 
     def check_alone(self, step: MicroBatch) -> None:
         alone = {id_ for id_, sequence in self.live.items() if sequence.run_alone}
