@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-DECODE_SLOWDOWN = 2.25
+DECODE_SLOWDOWN = 2.35
 """How many times longer a micro-batch may take because it carries prefill. With T the time of its decode rows alone and
 P that of the prefill, tokens of running streams come (T + P) / T times slower and the prompt takes (T + P) / P times as
-long as alone: 2.25 and 1.8 here. Both sides of the bargain are about as far from their limits (2.5 and 2)."""
+long as alone: 2.35 and 1.74 here. Both sides of the bargain are about as far from their limits (2.5 and 2)."""
 
 
 def num_groups(*, num_stages: int, fixed_s: float | None, overhead_s: float | None) -> int:
@@ -42,6 +43,17 @@ def num_chunks(*, backlog_tokens: int, num_stages: int, fixed_s: float | None, t
     if not fixed_s or token_s is None:
         return None
     return max(1, round(math.sqrt((num_stages - 1) * token_s * backlog_tokens / fixed_s)))
+
+
+def ramp(most_tokens: int, in_flight_tokens: Sequence[int]) -> int:
+    """The most prefill tokens beside decode rows, given those of the micro-batches in flight.
+
+    Micro-batches return as far apart as they were computed. When all of them grow at once, each finds its stage still busy
+    with the one before, and the last of them waits for the growth of all. So they grow by a quarter a round.
+    """
+    if not in_flight_tokens:
+        return most_tokens
+    return min(most_tokens, min(in_flight_tokens) + max(1, most_tokens // 4))
 
 
 def prefill_budget(

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from array import array
 
-from gateway.scheduler.filling import DECODE_SLOWDOWN, decode_target, num_chunks, num_groups, prefill_budget
+from gateway.scheduler.filling import DECODE_SLOWDOWN, decode_target, num_chunks, num_groups, prefill_budget, ramp
 from gateway.scheduler.ledger import Ledger
 from gateway.scheduler.micro_batch import MicroBatch, ScheduledRow
 from gateway.scheduler.sequence import Sequence
@@ -157,6 +157,8 @@ class Scheduler(Ledger):
             backlog_tokens=backlog + begun, num_stages=self.num_stages, fixed_s=self.costs.fixed_s, token_s=token_s
         )
         most = self.costs.most_prefill_tokens(num_decodes=num_decodes, slowdown=DECODE_SLOWDOWN, context_tokens=context)
+        if most is not None:
+            most = ramp(most, self._in_flight_prefill)
         return prefill_budget(
             backlog_tokens=backlog + sum(self._in_flight_prefill) if chunks is None else backlog + begun,
             num_chunks=self.max_in_flight if chunks is None else chunks,
