@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Sequence_
 
 from gateway.engine.choice import ChoiceState
+from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from gateway.pipelines.pipeline import Pipeline
 from gateway.sampling import choose
-from gateway.scheduler import MicroBatch, Scheduler, Sequence, StepTiming, check_integrity
+from gateway.scheduler import PROBE_PRIORITY, MicroBatch, Scheduler, Sequence, StepTiming, check_integrity
 from gateway.types import PipelineStatus, ReplicaStatus
 from stageline.errors import (
     DeadlineExceededError,
@@ -40,6 +42,8 @@ class Lane:
         self._make_scheduler, self._check_integrity = make_scheduler, check_integrity
         self._choices: dict[int, ChoiceState] = {}
         self._sent: dict[int, tuple[MicroBatch, float]] = {}  # by step id; when, on the monotonic clock
+        self.num_tokens = 0
+        """Tokens of requests since the pipeline was opened."""
         self._handling_s = 0.0  # what the last result took here, until the next step was sent
 
     @property
@@ -58,6 +62,7 @@ class Lane:
         """Claim and wire a chain. Every sequence waits to be computed again; `pump` makes them go on."""
         await pipeline.open(self._on_result, on_draining)
         self._sent.clear()
+        self.num_tokens = 0
         if self.scheduler is None:
             self.scheduler = self._make_scheduler(pipeline)
         elif self.scheduler.block_size_tokens != pipeline.block_size_tokens:
@@ -75,6 +80,32 @@ class Lane:
                 )
                 self._choices.pop(sequence.sequence_id).fail(error)
         self.pipeline = pipeline
+
+    def on_deaths(self, progress: Sequence_[StageProgress | None]) -> None:
+        """The pipeline broke and `progress` is where its stages were: sequences that stages died of run alone or fail."""
+        if self.scheduler is None:
+            return
+        suspects = {}
+        for place, step_ids in steps_in_doubt(progress, self._sent).items():
+            rows = [row for step_id in step_ids for row in self._sent[step_id][0].rows]
+            live = {row.sequence.sequence_id: row.sequence for row in rows if not row.sequence.finished}
+            stage = self.stages[place]
+            suspects[f"{stage.start_layer}-{stage.end_layer}"] = [
+                sequence for sequence in live.values() if sequence.priority < PROBE_PRIORITY
+            ]
+        verdict = judge(suspects)
+        for sequence in verdict.alone:
+            self.scheduler.run_alone(sequence.sequence_id)
+        for sequence in verdict.poisonous:
+            choice = self._choices[sequence.sequence_id]
+            choice.fail(
+                InternalError(
+                    "POISON_REQUEST",
+                    "every stage process that computed this request, the last time alone, died; it is not tried again",
+                    deaths=max(sequence.deaths.values()),
+                )
+            )
+            self._drop(choice)
 
     def detach(self) -> None:
         """The pipeline is over; sequences stay and wait for the next one."""
@@ -196,6 +227,8 @@ class Lane:
                     InternalError("TOKEN_UNKNOWN", f"the model chose what its tokenizer does not know: {error}")
                 )
                 ended = True
+            if choice.sequence.priority < PROBE_PRIORITY:
+                self.num_tokens += 1
             if ended:
                 self._drop(choice)
 

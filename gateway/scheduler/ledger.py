@@ -149,7 +149,7 @@ class Ledger:
 
     def _append(self, sequence: Sequence, token_id: int) -> None:
         sequence.output_token_ids.append(token_id)
-        sequence.num_deaths = 0
+        sequence.deaths.clear()
         if sequence.run_alone:
             sequence.run_alone = False
             del self._alone[sequence.sequence_id]

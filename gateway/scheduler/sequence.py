@@ -38,8 +38,8 @@ class Sequence:
     """Whether its blocks may come from the prefix cache and stay there."""
     cache_salt: str = ""
     """Prefixes are shared only between sequences of equal salt."""
-    num_deaths: int = 0
-    """Deaths of stages that were executing a step of it, since its last token."""
+    deaths: dict[str, int] = field(default_factory=dict)
+    """Deaths of stages that may have been executing a step of it, since its last token, by stage."""
     run_alone: bool = False
     """No other sequence is in flight with it: what happens to a stage then is its doing. Its next token ends that."""
     resumed: bool = False
@@ -112,7 +112,7 @@ class Sequence:
             deadline_s=self.deadline_s,
             use_prefix_cache=self.use_prefix_cache,
             cache_salt=self.cache_salt,
-            num_deaths=self.num_deaths,
+            deaths=dict(self.deaths),
             run_alone=self.run_alone,
             resumed=self.resumed,
             num_cached_prompt_tokens=self.num_cached_prompt_tokens,
