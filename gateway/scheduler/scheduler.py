@@ -8,7 +8,7 @@ Why it never deadlocks. Running sequences have one total order that never change
    is free (the blocks of a victim may be shared). If there is none it waits and keeps its place among the ready ones, which
    are served by waiting time and before prompts: the blocks it waits for come with a return (quarantined ones, or those of
    a sequence that was in flight), and it is the first to take them. A sequence whose request holds more than its share of
-   the cache preempts only when nothing else could run.
+   the cache leaves one free block for each of the others, and preempts only when nothing else could run.
 3. With nothing in flight no block is quarantined. Then either something running has work and its blocks; or the lowest
    rank among the ready ones finds a free block, or a victim, or is alone, and alone it fits, as `add` checked; or nothing
    runs, and the first of the waiting finds all blocks free. So `schedule` returns None with nothing in flight only if
@@ -98,18 +98,18 @@ class Scheduler(Ledger):
         """Whether the next token of a ready sequence has a place in the cache; finds it one if that can be."""
         if len(sequence.block_table) * self.block_size_tokens >= sequence.num_tokens:
             return True
+        if not last_resort and self._pool.num_free < len(self._running) and self._over_share(sequence, 1):
+            return False  # one for each of the others comes first
         while not self._pool.num_free:
-            if not self._preempt_for(sequence, last_resort=last_resort):
+            if not self._preempt_for(sequence):
                 return False
         sequence.block_table.extend(self._pool.allocate(1))
         return True
 
-    def _preempt_for(self, sequence: Sequence, *, last_resort: bool) -> bool:
+    def _preempt_for(self, sequence: Sequence) -> bool:
         """Stop the running sequence that ranks last, if it ranks after this one and is not in flight."""
         if self._pool.num_quarantined:
             return False  # blocks are on their way back: one return is a shorter wait than computing a sequence again
-        if not last_resort and self._over_share(sequence, 1):
-            return False
         candidates = (other for other in self._running.values() if not other.in_flight_steps)
         victim = max(candidates, key=_rank)
         if victim is sequence:
