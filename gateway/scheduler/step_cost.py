@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 RECENT = 0.1  # weight of the newest decode step
+OUTLIER = (
+    1.5  # a decode step counts as at most so many times the average: one that was held up says nothing of its cost
+)
 MEMORY = 0.95  # what remains of older prefill chunks after a newer one
 
 
@@ -38,7 +41,7 @@ class StepCosts:
         if prefill_tokens == 0:
             size = _size(num_decodes)
             known = self._decode_s.get(size, timing.slowest_stage_s)
-            self._decode_s[size] = known + RECENT * (timing.slowest_stage_s - known)
+            self._decode_s[size] = known + RECENT * (min(timing.slowest_stage_s, OUTLIER * known) - known)
             return
         seconds = max(0.0, timing.slowest_stage_s - (self.decode_s(num_decodes) or 0.0 if num_decodes else 0.0))
         self._tokens_tokens = MEMORY * self._tokens_tokens + prefill_tokens**2
