@@ -208,7 +208,7 @@ class Lane:
                 continue
             try:
                 chosen[row.sequence.sequence_id] = choose(
-                    results[row.sequence.sequence_id],
+                    _result(results, row.sequence.sequence_id),
                     choice.params,
                     choice_index=choice.index,
                     position=row.output_position,
