@@ -122,7 +122,11 @@ class Gateway:
         settings = EngineSettings(
             max_step_tokens=parsed.scheduler.max_step_tokens,
             max_step_sequences=parsed.scheduler.max_step_sequences,
+            min_prefill_tokens=parsed.scheduler.min_prefill_tokens,
             max_waiting_sequences=parsed.scheduler.max_waiting_sequences,
+            max_waiting_tokens=parsed.scheduler.max_waiting_tokens,
+            max_request_kv_fraction=parsed.scheduler.max_request_kv_fraction,
+            prefix_caching=parsed.kv_cache.prefix_caching,
             lease_s=parsed.pipelines.lease_s,
         )
         self._drain_s = parsed.server.drain_timeout_s

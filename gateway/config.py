@@ -54,6 +54,7 @@ class KvCacheSection(_Section):
     block_size_tokens: int | None = Field(None, ge=1, description="tokens of a block; default: 16, on CUDA 256")
     memory_bytes: int | None = Field(None, ge=1, description="bytes of a stage's cache; default: 1 GiB on the CPU")
     num_blocks: int | None = Field(None, ge=2, description="blocks of the cache, instead of memory_bytes")
+    prefix_caching: bool = Field(True, description="compute the common beginnings of prompts once")
 
 
 class SchedulerSection(_Section):
@@ -61,7 +62,12 @@ class SchedulerSection(_Section):
 
     max_step_tokens: int = Field(2048, ge=1, description="tokens of a micro-batch")
     max_step_sequences: int = Field(256, ge=1, description="sequences of a micro-batch")
+    min_prefill_tokens: int = Field(16, ge=1, description="least prefill of a micro-batch while prompts wait")
     max_waiting_sequences: int = Field(1024, ge=1, description="sequences that wait; more are refused")
+    max_waiting_tokens: int = Field(1 << 20, ge=1, description="tokens of the sequences that wait; more are refused")
+    max_request_kv_fraction: float = Field(
+        0.5, gt=0, le=1, description="share of the KV cache that one request gets while others wait"
+    )
 
 
 class PipelinesSection(_Section):

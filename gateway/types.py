@@ -42,7 +42,8 @@ class GenerateRequest:
     """One request, after its door: tokenized, validated, with limits known.
 
     `resume_token_ids` were generated before for `first_choice` (num_choices is 1 then): they count as generated, are
-    not sent again, and the answer goes on after them. `deadline_s` is on the `time.monotonic` clock.
+    not sent again, and the answer goes on after them. `deadline_s` is on the `time.monotonic` clock. Tenants share the
+    pipelines fairly; prefixes are shared in the cache only within one `tenant` and `cache_salt`.
     """
 
     request_id: str
@@ -53,6 +54,9 @@ class GenerateRequest:
     resume_token_ids: tuple[int, ...] = ()
     priority: int = 0
     deadline_s: float | None = None
+    tenant: str = ""
+    use_prefix_cache: bool = True
+    cache_salt: str = ""
 
 
 class FinishReason(enum.Enum):
@@ -79,6 +83,7 @@ class ChoiceDelta:
     """What is new of one choice. The last delta of a choice has `finish_reason`.
 
     `text` may lag behind `token_ids`: half characters and possible beginnings of stop strings are held back.
+    `cached_prompt_tokens`: tokens of the prompt that came from the prefix cache; the same in every delta of a choice.
     """
 
     index: int
@@ -87,6 +92,7 @@ class ChoiceDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     matched_stop: str = ""
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,6 +128,7 @@ class _Collected:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     matched_stop: str = ""
+    cached_prompt_tokens: int = 0
 
     def add(self, delta: ChoiceDelta) -> None:
         self.texts.append(delta.text)
@@ -135,6 +136,7 @@ class _Collected:
         self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason
         self.matched_stop = delta.matched_stop
+        self.cached_prompt_tokens = delta.cached_prompt_tokens
 
     def whole(self, index: int) -> ChoiceDelta:
         return ChoiceDelta(
@@ -144,4 +146,5 @@ class _Collected:
             logprobs=tuple(self.logprobs),
             finish_reason=self.finish_reason,
             matched_stop=self.matched_stop,
+            cached_prompt_tokens=self.cached_prompt_tokens,
         )

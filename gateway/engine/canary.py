@@ -8,11 +8,9 @@ from collections.abc import Callable
 from gateway.engine.choice import ChoiceState, Deltas
 from gateway.engine.lane import Lane
 from gateway.pipelines.pipeline import Pipeline
+from gateway.scheduler import PROBE_PRIORITY
 from gateway.types import GenerateRequest, SamplingParams
 from stageline.errors import StagelineError, UnavailableError
-
-# Ahead of every request, so that the canary is in the first micro-batch however many sequences wait to be recomputed.
-PRIORITY = 1 << 40
 
 
 async def prove(
@@ -31,7 +29,9 @@ async def prove(
         request_id="canary",
         prompt_token_ids=(0,),
         sampling=SamplingParams(temperature=0, max_tokens=1),
-        priority=PRIORITY,
+        # Ahead of every request: in the first micro-batch, however many sequences wait to be recomputed.
+        priority=PROBE_PRIORITY,
+        use_prefix_cache=False,  # it is to be computed
     )
     deltas: Deltas = asyncio.Queue()
     choice = make_choice(request, 0, deltas)

@@ -48,20 +48,17 @@ class ChoiceState:
             choice_index=index,
             max_total_tokens=min(longest, context_tokens),
             priority=request.priority,
+            request_key=id(deltas),  # one queue serves all choices of a request, and lives as long as they do
+            tenant=request.tenant,
+            deadline_s=request.deadline_s,
+            use_prefix_cache=request.use_prefix_cache,
+            cache_salt=request.cache_salt,
         )
         self._resume(request.resume_token_ids)
 
     def move(self) -> None:
         """Leave the scheduler: what was generated so far goes on in a new sequence of the same number."""
-        old = self.sequence
-        self.sequence = Sequence(
-            sequence_id=old.sequence_id,
-            prompt_token_ids=old.prompt_token_ids,
-            output_token_ids=list(old.output_token_ids),
-            choice_index=old.choice_index,
-            max_total_tokens=old.max_total_tokens,
-            priority=old.priority,
-        )
+        self.sequence = self.sequence.successor()
 
     def suppressed(self, output_position: int) -> tuple[int, ...]:
         """Tokens that cannot be chosen yet: end tokens and stop ids before min_tokens."""
@@ -115,5 +112,6 @@ class ChoiceState:
                 logprobs=logprobs,
                 finish_reason=piece.finish_reason,
                 matched_stop=piece.matched_stop,
+                cached_prompt_tokens=self.sequence.num_cached_prompt_tokens,
             )
         )

@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator, Sequence
 
 from gateway.engine.choice import ChoiceState, Deltas
 from gateway.engine.keeper import Keeper
-from gateway.engine.lane import Lane
+from gateway.engine.lane import Lane, deadline_exceeded
 from gateway.engine.settings import EngineSettings
 from gateway.pipelines.discovery import Registry
 from gateway.tokenizer import Tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
-from stageline.errors import DeadlineExceededError, ResourceExhaustedError, StagelineError, UnavailableError
+from stageline.errors import ResourceExhaustedError, StagelineError, UnavailableError
 
 DRAIN_POLL_S = 0.05
 
@@ -29,7 +29,7 @@ class Engine:
         self._tokenizer, self._settings = tokenizer, settings
         self._keeper = Keeper(registry, settings, fingerprint, self._make_choice)
         self._sequence_ids = itertools.count(1)
-        self._num_unplaced = 0
+        self._num_unplaced = self._unplaced_tokens = 0
         self._stopping = False
 
     async def start(self) -> None:
@@ -70,14 +70,14 @@ class Engine:
         Raises for this request only: DeadlineExceededError, ResourceExhaustedError (queue full), UnavailableError
         (stopping), InvalidArgumentError (could never be held), InternalError (a stage could not execute its step).
         """
-        lane = await self._place(request)
         deltas: Deltas = asyncio.Queue()
         choices = [self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)]
+        lane = await self._place(request, choices[0])
         num_open = len(choices)
         loop = asyncio.get_running_loop()
         timer = None
         if request.deadline_s is not None:
-            timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, _deadline_exceeded())
+            timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, deadline_exceeded())
         try:
             for choice in choices:
                 if not choice.ended:  # a resumed generation may have ended already
@@ -107,37 +107,48 @@ class Engine:
             for lane in self._keeper.lanes:
                 lane.cancel(choice)
 
-    async def _place(self, request: GenerateRequest) -> Lane:
-        """The least loaded ready lane, else one that recovers; waits, within the deadline, while there is none."""
-        if self._num_unplaced >= self._settings.max_waiting_sequences:
-            raise ResourceExhaustedError("QUEUE_FULL", f"{self._num_unplaced} requests already wait for a pipeline")
+    async def _place(self, request: GenerateRequest, choice: ChoiceState) -> Lane:
+        """The ready lane on which it has the least to wait for, cached prefix counted, else one that recovers; waits,
+        within the deadline, while there is none."""
+        limits = self._settings
+        num_tokens = request.num_choices * len(request.prompt_token_ids)
+        full = self._num_unplaced and self._unplaced_tokens + num_tokens > limits.max_waiting_tokens
+        if full or self._num_unplaced >= limits.max_waiting_sequences:
+            raise ResourceExhaustedError(
+                "QUEUE_FULL",
+                f"{self._num_unplaced} requests of {self._unplaced_tokens} tokens already wait for a pipeline, "
+                f"of at most {limits.max_waiting_sequences} and {limits.max_waiting_tokens}; retry later",
+                retry_after_s=5.0,  # there is no pipeline: one takes seconds to come up
+                waiting=self._num_unplaced,
+                waiting_tokens=self._unplaced_tokens,
+            )
         self._num_unplaced += 1
+        self._unplaced_tokens += num_tokens
         try:
             while True:
                 if self._stopping:
                     raise _stopping()
                 if request.deadline_s is not None and request.deadline_s <= time.monotonic():
-                    raise _deadline_exceeded()
+                    raise deadline_exceeded()
                 usable = [lane for lane in self._keeper.lanes if lane.state in ("ready", "recovering")]
                 if usable:
-                    return min(usable, key=lambda lane: (lane.state != "ready", lane.load))
+                    if len(usable) == 1:
+                        return usable[0]
+                    return min(usable, key=lambda lane: (lane.state != "ready", lane.cost_tokens(choice.sequence)))
                 changed = self._keeper.changed.wait()
                 try:
                     await asyncio.wait_for(
                         changed, None if request.deadline_s is None else _remaining(request.deadline_s)
                     )
                 except TimeoutError:
-                    raise _deadline_exceeded() from None
+                    raise deadline_exceeded() from None
         finally:
             self._num_unplaced -= 1
+            self._unplaced_tokens -= num_tokens
 
 
 def _remaining(deadline_s: float) -> float:
     return max(0.0, deadline_s - time.monotonic())
-
-
-def _deadline_exceeded() -> DeadlineExceededError:
-    return DeadlineExceededError("DEADLINE_EXCEEDED", "the request's deadline passed before it ended")
 
 
 def _stopping() -> UnavailableError:

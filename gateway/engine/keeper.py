@@ -13,6 +13,7 @@ from collections.abc import Callable
 from gateway.engine.canary import prove
 from gateway.engine.choice import ChoiceState, Deltas
 from gateway.engine.lane import Lane, replica_status
+from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings
 from gateway.pipelines.discovery import Registry, ReplicaRecord, describe, new_owner_id
 from gateway.pipelines.form import Chain, chain
@@ -24,7 +25,6 @@ from stageline.stage.v1 import stage_service_pb2 as pb
 
 logger = logging.getLogger("stageline.gateway")
 
-MIN_RETRY_S, MAX_RETRY_S = 0.1, 2.0  # between attempts to open a pipeline; a change of membership ends the wait
 SUSPECT_S = 5.0  # how long a replica that cannot be claimed is passed over while others can take its place
 ASK_TIMEOUT_S = 1.0
 
@@ -88,10 +88,9 @@ class Keeper:
         return Scheduler(
             num_blocks=pipeline.num_blocks,
             block_size_tokens=pipeline.block_size_tokens,
-            max_step_tokens=self._settings.max_step_tokens,
-            max_step_sequences=self._settings.max_step_sequences,
             max_in_flight=pipeline.max_in_flight,
-            max_waiting_sequences=self._settings.max_waiting_sequences,
+            num_stages=len(pipeline.stages),
+            limits=self._settings.limits(),
         )
 
     async def _keep(self, lane: Lane) -> None:
@@ -99,7 +98,7 @@ class Keeper:
 
         A lane without a chain hands its sequences to one that is ready and ends.
         """
-        retry_s = MIN_RETRY_S
+        restarts = Restarts()
         while True:
             stages = self._pick(self._trusted(lane))
             if stages is None and self._hand_over(lane):
@@ -109,11 +108,13 @@ class Keeper:
                 await self.changed.wait()
                 continue
             lane.stages = stages
+            opened = False
             pipeline = Pipeline(stages, owner_id=self._owner_id, lease_s=self._settings.lease_s)
             try:
                 await lane.open(pipeline, self._on_draining)
+                opened = True
                 await prove(lane, pipeline, self._make_choice, timeout_s=self._settings.canary_timeout_s)
-                lane.state, retry_s = "ready", MIN_RETRY_S
+                lane.state = "ready"
                 self.notify()
                 logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch)
                 await self._until_over(lane, pipeline)
@@ -123,13 +124,35 @@ class Keeper:
                 logger.exception("pipeline %s: unexpected error", lane.name)
             finally:
                 lane.detach()
+                if opened:
+                    await self._account(lane, pipeline)
                 await pipeline.close()
+            restarts = restarts.after(opened=opened, progressed=lane.num_tokens > 0)
+            if restarts.exhausted:
+                lane.fail_all(
+                    UnavailableError(
+                        "PIPELINE_UNSTABLE",
+                        f"the pipeline broke {restarts.num_fruitless} times without a token in between; retry elsewhere",
+                        restarts=restarts.num_fruitless,
+                    )
+                )
             await self._note_suspects(stages)
             lane.stages = ()
             self.notify()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._membership.wait(), retry_s)
-            retry_s = min(2 * retry_s, MAX_RETRY_S)
+            # A change of membership ends the wait, unless pipelines that were opened broke at once.
+            if restarts.num_fruitless > 1:
+                await asyncio.sleep(restarts.delay_s)
+            else:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._membership.wait(), restarts.delay_s)
+
+    async def _account(self, lane: Lane, pipeline: Pipeline) -> None:
+        """Find out which stages died, of which steps."""
+        if pipeline.cause is None:  # we gave it up ourselves
+            return
+        progress = await pipeline.progress(ASK_TIMEOUT_S)
+        if None in progress:
+            lane.on_deaths([None if stage is None else StageProgress(*stage) for stage in progress])
 
     async def _until_over(self, lane: Lane, pipeline: Pipeline) -> None:
         """Raises the cause when the pipeline breaks, STAGE_DRAINING when a stage drains and others can take over."""

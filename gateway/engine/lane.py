@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Sequence_
 
 from gateway.engine.choice import ChoiceState
+from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from gateway.pipelines.pipeline import Pipeline
 from gateway.sampling import choose
-from gateway.scheduler import MicroBatch, Scheduler
+from gateway.scheduler import PROBE_PRIORITY, MicroBatch, Scheduler, Sequence, StepTiming, check_integrity
 from gateway.types import PipelineStatus, ReplicaStatus
-from stageline.errors import InternalError, ResourceExhaustedError, StagelineError, UnavailableError
+from stageline.errors import (
+    DeadlineExceededError,
+    InternalError,
+    ResourceExhaustedError,
+    StagelineError,
+    UnavailableError,
+)
 from stageline.stage.v1 import stage_service_pb2 as pb
+
+SEQUENCE_COST_TOKENS = 64
+"""A sequence that decodes holds up a newcomer about as much as this many prompt tokens (a step, against a prefill)."""
 
 
 class Lane:
@@ -29,17 +41,28 @@ class Lane:
         self.stages: Chain = ()  # replicas in use; set before they are claimed, so that no other lane takes them
         self._make_scheduler, self._check_integrity = make_scheduler, check_integrity
         self._choices: dict[int, ChoiceState] = {}
-        self._sent: dict[int, MicroBatch] = {}
+        self._sent: dict[int, tuple[MicroBatch, float]] = {}  # by step id; when, on the monotonic clock
+        self.num_tokens = 0
+        """Tokens of requests since the pipeline was opened."""
+        self._handling_s = 0.0  # what the last result took here, until the next step was sent
 
     @property
     def load(self) -> int:
         """Sequences here, running or waiting."""
         return len(self._choices)
 
+    def cost_tokens(self, sequence: Sequence) -> int:
+        """What stands between a new sequence and its first token here, in prompt tokens to compute."""
+        if self.scheduler is None:
+            return sequence.num_tokens
+        ahead = self.scheduler.backlog_tokens + self.load * SEQUENCE_COST_TOKENS
+        return ahead + sequence.num_tokens - self.scheduler.num_cached_tokens(sequence)
+
     async def open(self, pipeline: Pipeline, on_draining: Callable[[str], None]) -> None:
         """Claim and wire a chain. Every sequence waits to be computed again; `pump` makes them go on."""
         await pipeline.open(self._on_result, on_draining)
         self._sent.clear()
+        self.num_tokens = 0
         if self.scheduler is None:
             self.scheduler = self._make_scheduler(pipeline)
         elif self.scheduler.block_size_tokens != pipeline.block_size_tokens:
@@ -50,6 +73,7 @@ class Lane:
             )
         else:
             self.scheduler.max_in_flight = pipeline.max_in_flight
+            self.scheduler.num_stages = len(pipeline.stages)
             for sequence in self.scheduler.reset(pipeline.num_blocks):
                 error = ResourceExhaustedError(
                     "KV_CACHE_TOO_SMALL", "the pipeline was replaced by one whose KV cache cannot hold this request"
@@ -57,29 +81,50 @@ class Lane:
                 self._choices.pop(sequence.sequence_id).fail(error)
         self.pipeline = pipeline
 
+    def on_deaths(self, progress: Sequence_[StageProgress | None]) -> None:
+        """The pipeline broke and `progress` is where its stages were: sequences that stages died of run alone or fail."""
+        if self.scheduler is None:
+            return
+        suspects = {}
+        for place, step_ids in steps_in_doubt(progress, self._sent).items():
+            rows = [row for step_id in step_ids for row in self._sent[step_id][0].rows]
+            live = {row.sequence.sequence_id: row.sequence for row in rows if not row.sequence.finished}
+            stage = self.stages[place]
+            suspects[f"{stage.start_layer}-{stage.end_layer}"] = [
+                sequence for sequence in live.values() if sequence.priority < PROBE_PRIORITY
+            ]
+        verdict = judge(suspects)
+        for sequence in verdict.alone:
+            self.scheduler.run_alone(sequence.sequence_id)
+        for sequence in verdict.poisonous:
+            choice = self._choices[sequence.sequence_id]
+            choice.fail(
+                InternalError(
+                    "POISON_REQUEST",
+                    "every stage process that computed this request, the last time alone, died; it is not tried again",
+                    deaths=max(sequence.deaths.values()),
+                )
+            )
+            self._drop(choice)
+
     def detach(self) -> None:
         """The pipeline is over; sequences stay and wait for the next one."""
         self.pipeline = None
         self.state = "forming" if self.scheduler is None else "recovering"
 
-    def add(self, choice: ChoiceState) -> None:
-        """Take a sequence; `pump` makes it go. Raises ResourceExhaustedError or InvalidArgumentError where it cannot be
-        queued."""
+    def add(self, choice: ChoiceState, *, bounded: bool = True) -> None:
+        """Take a sequence; `pump` makes it go. Raises ResourceExhaustedError (if `bounded`) or InvalidArgumentError where it
+        cannot be queued."""
         assert self.scheduler is not None
-        self.scheduler.add(choice.sequence)
+        self.scheduler.add(choice.sequence, bounded=bounded)
         self._choices[choice.sequence.sequence_id] = choice
 
     def adopt(self, choice: ChoiceState) -> None:
         """Take a sequence however many wait, and pump; it fails if it could never be held."""
-        assert self.scheduler is not None
-        limit = self.scheduler.max_waiting_sequences
-        self.scheduler.max_waiting_sequences = self.scheduler.num_waiting + 1
         try:
-            self.add(choice)
+            self.add(choice, bounded=False)
         except StagelineError as error:
             choice.fail(error)
-        finally:
-            self.scheduler.max_waiting_sequences = limit
         self.pump()
 
     def take_all(self) -> list[ChoiceState]:
@@ -112,8 +157,11 @@ class Lane:
         """Send micro-batches while the scheduler has any and the pipeline has room."""
         if self.pipeline is None or self.scheduler is None or self.pipeline.broken.is_set():
             return
+        now_s = time.monotonic()
+        for sequence in self.scheduler.expire(now_s):
+            self._choices.pop(sequence.sequence_id).fail(deadline_exceeded())
         while (batch := self.scheduler.schedule()) is not None:
-            self._sent[batch.step_id] = batch
+            self._sent[batch.step_id] = batch, now_s
             self.pipeline.send(build_step(batch, self._choices))
 
     def status(self) -> PipelineStatus:
@@ -132,7 +180,8 @@ class Lane:
 
     def _on_result(self, result: pb.StepResult) -> None:
         assert self.scheduler is not None
-        batch = self._sent.pop(result.step_id)
+        arrived_s = time.monotonic()
+        batch, sent_s = self._sent.pop(result.step_id)
         if result.HasField("error"):
             cause = result.error
             error = InternalError(
@@ -143,12 +192,14 @@ class Lane:
             for sequence in self.scheduler.fail(result.step_id):
                 self._choices.pop(sequence.sequence_id).fail(error)
         else:
-            self._on_rows(batch, {row.sequence_id: row for row in result.rows})
+            timing = step_timing(result, arrived_s - sent_s + self._handling_s)
+            self._on_rows(batch, {row.sequence_id: row for row in result.rows}, timing)
         self.pump()
+        self._handling_s = time.monotonic() - arrived_s
         if self._check_integrity and not self.scheduler.num_in_flight:
-            self.scheduler.check_integrity()
+            check_integrity(self.scheduler)
 
-    def _on_rows(self, batch: MicroBatch, results: dict[int, pb.RowResult]) -> None:
+    def _on_rows(self, batch: MicroBatch, results: dict[int, pb.RowResult], timing: StepTiming | None) -> None:
         assert self.scheduler is not None
         chosen = {}
         for row in batch.rows:
@@ -157,7 +208,7 @@ class Lane:
                 continue
             try:
                 chosen[row.sequence.sequence_id] = choose(
-                    results[row.sequence.sequence_id],
+                    _result(results, row.sequence.sequence_id),
                     choice.params,
                     choice_index=choice.index,
                     position=row.output_position,
@@ -165,7 +216,8 @@ class Lane:
             except StagelineError as error:
                 choice.fail(error)
                 self._drop(choice)
-        self.scheduler.complete(batch.step_id, {sequence_id: c.token_id for sequence_id, c in chosen.items()})
+        tokens = {sequence_id: c.token_id for sequence_id, c in chosen.items()}
+        self.scheduler.complete(batch.step_id, tokens, timing=timing)
         for sequence_id, token in chosen.items():
             choice = self._choices[sequence_id]
             try:
@@ -175,8 +227,24 @@ class Lane:
                     InternalError("TOKEN_UNKNOWN", f"the model chose what its tokenizer does not know: {error}")
                 )
                 ended = True
+            if choice.sequence.priority < PROBE_PRIORITY:
+                self.num_tokens += 1
             if ended:
                 self._drop(choice)
+
+
+def step_timing(result: pb.StepResult, ring_s: float) -> StepTiming | None:
+    """What a step cost; `ring_s` is the time from one use of its slot in the pipeline to the next. None without timings."""
+    if not result.timings:
+        return None
+    stages_s = sum(stage.finished_ns - stage.received_ns for stage in result.timings) / 1e9
+    slowest_s = max(stage.finished_ns - stage.started_ns for stage in result.timings) / 1e9
+    return StepTiming(slowest_stage_s=slowest_s, overhead_s=max(0.0, ring_s - stages_s))
+
+
+def deadline_exceeded() -> DeadlineExceededError:
+    """The error of a request whose deadline has come."""
+    return DeadlineExceededError("DEADLINE_EXCEEDED", "the request's deadline passed before it ended")
 
 
 def _result(results: Mapping[int, pb.RowResult], sequence_id: int) -> pb.RowResult:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gateway.scheduler import SchedulerLimits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """`max_step_*` bound one micro-batch, `max_waiting_sequences` the queue of one pipeline and that of the requests no
-    pipeline has taken yet. `check_integrity` lets every idle scheduler verify its invariants (tests, debugging).
+    """`max_waiting_*` bound the queue of one pipeline and that of the requests no pipeline has taken yet; what bounds
+    micro-batches and the cache is in SchedulerLimits. `check_integrity` lets every idle scheduler verify its invariants
+    (tests, debugging).
     """
 
     max_step_tokens: int = 2048
     max_step_sequences: int = 256
+    min_prefill_tokens: int = 16
     max_waiting_sequences: int = 1024
+    max_waiting_tokens: int = 1 << 20
+    max_request_kv_fraction: float = 0.5
+    prefix_caching: bool = True
     lease_s: float = 10.0
     canary_timeout_s: float = 120.0
     check_integrity: bool = False
+
+    def limits(self) -> SchedulerLimits:
+        """Those of every scheduler."""
+        return SchedulerLimits(**{name: getattr(self, name) for name in SchedulerLimits.__dataclass_fields__})

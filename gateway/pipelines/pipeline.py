@@ -85,6 +85,25 @@ class Pipeline:
         """Queue a step. There are never more than `max_in_flight` queued: the scheduler sees to that."""
         self._outbox.put_nowait(StepFrame(self.epoch, step.step_id, step.SerializeToString()))
 
+    async def progress(self, timeout_s: float) -> list[tuple[int, int] | None]:
+        """Of each stage the step executed last and the one being executed, None where the stage died; for a pipeline that
+        broke, before `close`. A stage that fenced us lives, and says nothing of our epoch: (0, 0)."""
+        return list(await asyncio.gather(*(self._progress_of(index, timeout_s) for index in range(len(self.stages)))))
+
+    async def _progress_of(self, index: int, timeout_s: float) -> tuple[int, int] | None:
+        stage, stub = self.stages[index], self._stubs[index]
+        try:
+            described = await stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
+            if described.incarnation != stage.incarnation:
+                return None
+            if described.epoch != self.epoch:  # computing failed, or another owner has it
+                return None if described.state == pb.STAGE_STATE_DRAINING else (0, 0)
+            request = pb.RenewRequest(epoch=self.epoch, incarnation=stage.incarnation)
+            answer = await stub.Renew(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            return (0, 0) if error.code() is grpc.StatusCode.FAILED_PRECONDITION else None
+        return answer.last_executed_step, answer.running_step
+
     async def close(self) -> None:
         """Give the stages back where they still answer."""
         for task in self._tasks:

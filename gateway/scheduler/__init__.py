@@ -4,8 +4,21 @@ Pure: no I/O, no clock, no asyncio, no protobuf. The engine calls `Scheduler`, s
 """
 
 from gateway.scheduler.block_pool import BlockPool
+from gateway.scheduler.integrity import check_integrity
+from gateway.scheduler.limits import SchedulerLimits
 from gateway.scheduler.micro_batch import MicroBatch, ScheduledRow
-from gateway.scheduler.scheduler import Scheduler
+from gateway.scheduler.scheduler import PROBE_PRIORITY, Scheduler
 from gateway.scheduler.sequence import Sequence
+from gateway.scheduler.step_cost import StepTiming
 
-__all__ = ["BlockPool", "MicroBatch", "ScheduledRow", "Scheduler", "Sequence"]
+__all__ = [
+    "PROBE_PRIORITY",
+    "BlockPool",
+    "MicroBatch",
+    "ScheduledRow",
+    "Scheduler",
+    "SchedulerLimits",
+    "Sequence",
+    "StepTiming",
+    "check_integrity",
+]

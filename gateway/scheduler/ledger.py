@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Collection, Mapping
+from heapq import heappop, heappush
 
 from gateway.scheduler.block_pool import BlockPool
-from gateway.scheduler.micro_batch import MicroBatch
+from gateway.scheduler.drain_rate import DrainRate
+from gateway.scheduler.limits import SchedulerLimits
+from gateway.scheduler.micro_batch import MicroBatch, ScheduledRow
 from gateway.scheduler.sequence import Sequence
+from gateway.scheduler.step_cost import StepCosts, StepTiming
 from gateway.scheduler.waiting_queue import WaitingQueue
 from stageline.errors import InvalidArgumentError, ResourceExhaustedError
 
@@ -25,46 +29,48 @@ class Ledger:
         *,
         num_blocks: int,
         block_size_tokens: int,
-        max_step_tokens: int = 2048,
-        max_step_sequences: int = 256,
         max_in_flight: int = 1,
-        max_waiting_sequences: int = 1024,
-        min_prefill_tokens: int = 64,
+        num_stages: int | None = None,
+        limits: SchedulerLimits | None = None,
     ) -> None:
-        """Limits are per pipeline (`num_blocks`, `max_in_flight`, `max_waiting_sequences`) or per micro-batch.
+        """`num_blocks` of a pipeline of `num_stages` (default: `max_in_flight`).
 
-        `max_in_flight` must not exceed any stage's queue depth; it may be set at any time, also while micro-batches are
-        in flight. `min_prefill_tokens` is the least prefill a micro-batch carries while prompts wait and
-        `max_step_tokens` leaves room.
+        `max_in_flight` micro-batches must not exceed any stage's queue depth; both it and `num_stages` may be set at any
+        time, also while micro-batches are in flight.
         """
-        limits = (block_size_tokens, max_step_tokens, max_step_sequences, max_in_flight, max_waiting_sequences)
-        assert min(*limits, min_prefill_tokens) > 0
+        assert min(block_size_tokens, max_in_flight) > 0
         self.block_size_tokens = block_size_tokens
-        self.max_step_tokens = max_step_tokens
-        self.max_step_sequences = max_step_sequences
         self.max_in_flight = max_in_flight
-        self.max_waiting_sequences = max_waiting_sequences
-        self.min_prefill_tokens = min_prefill_tokens
+        self.num_stages = max_in_flight if num_stages is None else num_stages
+        self.limits = limits or SchedulerLimits()
         self.num_preemptions = 0
         """Since the scheduler was made. A growing number means too few KV blocks."""
+        self.costs = StepCosts()
 
         self._pool = BlockPool(num_blocks)
         self._sequences: dict[int, Sequence] = {}  # every live sequence, waiting or running
         self._waiting = WaitingQueue()
         self._running: dict[int, Sequence] = {}  # those with blocks
+        self._by_request: dict[int, dict[int, Sequence]] = {}  # live ones of requests that have a key
         self._prefilling: dict[int, Sequence] = {}  # of the running: not all tokens scheduled yet
         self._ready: dict[int, Sequence] = {}  # of the running: one token to decode, not in flight; longest wait first
+        self._alone: dict[int, Sequence] = {}  # live ones that must run alone
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; also of sequences that ended
         self._in_flight: deque[MicroBatch] = deque()
         self._in_flight_prefill: deque[int] = deque()  # prefill tokens of each of them
+        self._being_filled: Counter[bytes] = Counter()  # keys of the blocks that prefill rows in flight complete
         self._released: dict[int, None] = {}  # an ordered set: ids whose penalty counts the last stage still holds
+        self._drain_rate = DrainRate()
+        self._now_s = 0.0
         self._num_added = 0
         self._last_step_id = 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, *, bounded: bool = True) -> None:
         """Queue a new sequence; `sequence.num_tokens` is under `max_total_tokens` and at least 1.
 
-        Raises ResourceExhaustedError QUEUE_FULL when `max_waiting_sequences` wait already, InvalidArgumentError
-        KV_CACHE_TOO_SMALL when the sequence could not be held even if it had all KV blocks alone.
+        Raises ResourceExhaustedError QUEUE_FULL when the queue is full (unless not `bounded`: a sequence that was accepted
+        before, elsewhere), InvalidArgumentError KV_CACHE_TOO_SMALL when the sequence could not be held even if it had all
+        KV blocks alone.
         """
         assert sequence.arrival < 0, "a sequence belongs to one scheduler for life"
         assert sequence.sequence_id not in self._sequences
@@ -78,37 +84,105 @@ class Ledger:
                 requested_tokens=sequence.max_total_tokens,
                 capacity_tokens=capacity,
             )
-        if len(self._waiting) >= self.max_waiting_sequences:
-            raise ResourceExhaustedError(
-                "QUEUE_FULL",
-                f"{len(self._waiting)} sequences are waiting already, the most this pipeline queues; retry later",
-                waiting=len(self._waiting),
-                limit=self.max_waiting_sequences,
-            )
+        if bounded:
+            self._check_room(sequence)
         sequence.arrival = self._num_added
         self._num_added += 1
         self._sequences[sequence.sequence_id] = sequence
         self._waiting.push(sequence)
+        if sequence.request_key is not None:
+            self._by_request.setdefault(sequence.request_key, {})[sequence.sequence_id] = sequence
+        if sequence.run_alone:
+            self._alone[sequence.sequence_id] = sequence
+        if sequence.deadline_s is not None:
+            heappush(self._deadlines, (sequence.deadline_s, sequence.arrival, sequence))
 
-    def complete(self, step_id: int, tokens: Mapping[int, int]) -> None:
+    def _check_room(self, sequence: Sequence) -> None:
+        limits, waiting = self.limits, self._waiting
+        for what, used, asked, limit in (
+            ("sequences", len(waiting), 1, limits.max_waiting_sequences),
+            # One that waits alone is let in however long it is: `_fits` bounds it.
+            ("tokens", waiting.num_tokens, sequence.num_tokens if len(waiting) else 0, limits.max_waiting_tokens),
+        ):
+            if used + asked > limit:
+                retry_after_s = self._drain_rate.retry_after_s(waiting.num_tokens, self._now_s)
+                raise ResourceExhaustedError(
+                    "QUEUE_FULL",
+                    f"{used} {what} are waiting already and this pipeline queues at most {limit}; "
+                    f"retry in {retry_after_s:g} s",
+                    retry_after_s=retry_after_s,
+                    waiting=used,
+                    limit=limit,
+                    unit=what,
+                )
+
+    def expire(self, now_s: float) -> tuple[Sequence, ...]:
+        """The time is `now_s`: finish and return the sequences whose deadline has come, so that no more is computed."""
+        self._now_s = now_s
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            sequence = heappop(self._deadlines)[2]
+            if not sequence.finished:
+                self.finish(sequence.sequence_id)
+                expired.append(sequence)
+        return tuple(expired)
+
+    def complete(self, step_id: int, tokens: Mapping[int, int], *, timing: StepTiming | None = None) -> None:
         """The oldest micro-batch in flight returned; `tokens` maps sequence id to chosen token id.
 
         There is one for every row that wants an output and whose sequence is not `finished`: `finish` first the sequences
         whose answer is unusable. Others are ignored. Each token is appended to its `output_token_ids`; a sequence that
         reaches `max_total_tokens` is finished here (a later `finish` of it does nothing).
         """
-        for row in self._take_returned(step_id).rows:
+        micro_batch = self._take_returned(step_id)
+        if timing is not None:
+            self._learn(micro_batch, timing)
+        for row in micro_batch.rows:
             sequence = row.sequence
             sequence.in_flight_steps.popleft()
             if sequence.finished:
                 continue
-            sequence.num_computed_tokens = row.context_len
+            sequence.num_computed_tokens = max(sequence.num_computed_tokens, row.context_len)
+            self._publish(row)
             if row.wants_output:
-                sequence.output_token_ids.append(tokens[sequence.sequence_id])
-                if sequence.num_tokens == sequence.max_total_tokens:
-                    self.finish(sequence.sequence_id)
-                else:
-                    self._ready[sequence.sequence_id] = sequence
+                self._append(sequence, tokens[sequence.sequence_id])
+
+    def _append(self, sequence: Sequence, token_id: int) -> None:
+        sequence.output_token_ids.append(token_id)
+        sequence.deaths.clear()
+        if sequence.run_alone:
+            sequence.run_alone = False
+            del self._alone[sequence.sequence_id]
+        self._waiting.counters.charge(sequence.tenant, output_tokens=1)
+        if sequence.num_tokens == sequence.max_total_tokens:
+            self.finish(sequence.sequence_id)
+        else:
+            self._ready[sequence.sequence_id] = sequence
+
+    def _publish(self, row: ScheduledRow) -> None:
+        """The blocks that this row filled hold what their keys say, on every stage: others may share them."""
+        first = row.start // self.block_size_tokens
+        for index, key in enumerate(self._filled_keys(row), start=first):
+            self._pool.publish(row.block_table[index], key)
+
+    def _filled_keys(self, row: ScheduledRow) -> list[bytes]:
+        """Keys of the blocks that a row completes and that may be shared."""
+        first, last = row.start // self.block_size_tokens, row.context_len // self.block_size_tokens
+        if first == last or not self._may_share(row.sequence):
+            return []
+        return row.sequence.keys(last, self.block_size_tokens)[first:last]
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        return self.limits.prefix_caching and sequence.use_prefix_cache
+
+    def _learn(self, micro_batch: MicroBatch, timing: StepTiming) -> None:
+        prefill = [row for row in micro_batch.rows if row.is_prefill]
+        self.costs.observe(
+            timing,
+            num_decodes=len(micro_batch.rows) - len(prefill),
+            prefill_tokens=sum(row.num_tokens for row in prefill),
+            prefill_pairs=sum(row.num_tokens * (row.start + row.num_tokens // 2) for row in prefill),
+        )
 
     def fail(self, step_id: int) -> tuple[Sequence, ...]:
         """The oldest micro-batch in flight was not executed (StepError): its live sequences are finished and returned."""
@@ -129,6 +203,12 @@ class Ledger:
         assert micro_batch.step_id == step_id, f"step {step_id} returned before step {micro_batch.step_id}"
         self._in_flight_prefill.popleft()
         self._pool.step_returned(step_id)
+        for row in micro_batch.rows:
+            if row.is_prefill:
+                for key in self._filled_keys(row):
+                    self._being_filled[key] -= 1
+                    if not self._being_filled[key]:
+                        del self._being_filled[key]
         return micro_batch
 
     def finish(self, sequence_id: int) -> bool:
@@ -140,33 +220,53 @@ class Ledger:
         if sequence is None:
             return False
         sequence.finished = True
+        self._alone.pop(sequence_id, None)
+        if sequence.request_key is not None:
+            siblings = self._by_request[sequence.request_key]
+            del siblings[sequence_id]
+            if not siblings:
+                del self._by_request[sequence.request_key]
         if sequence_id in self._running:
             self._stop_running(sequence)
         else:
             self._waiting.remove(sequence)
+        if len(self._deadlines) > 64 + 2 * len(self._sequences):  # mostly of sequences that ended
+            self._deadlines = sorted(entry for entry in self._deadlines if not entry[2].finished)
         return True
 
     cancel = finish
+
+    def run_alone(self, sequence_id: int) -> None:
+        """Let nothing else be in flight with this sequence until it gets a token. Others wait for it."""
+        sequence = self._sequences[sequence_id]
+        sequence.run_alone = True
+        self._alone[sequence_id] = sequence
+
+    def _start_running(self, sequence: Sequence, block_table: array[int], num_shared_blocks: int) -> None:
+        sequence.block_table, sequence.num_shared_blocks = block_table, num_shared_blocks
+        self._running[sequence.sequence_id] = sequence
+        self._prefilling[sequence.sequence_id] = sequence
 
     def _stop_running(self, sequence: Sequence) -> None:
         """Take its blocks; those that micro-batches in flight touch rest in quarantine."""
         del self._running[sequence.sequence_id]
         self._prefilling.pop(sequence.sequence_id, None)
         self._ready.pop(sequence.sequence_id, None)
-        self._pool.free(sequence.block_table, still_touched_by=sequence.in_flight_steps)
+        self._pool.free(sequence.block_table, last_step=sequence.in_flight_steps[-1] if sequence.in_flight_steps else 0)
         sequence.block_table = array("i")
         if sequence.registered:
             self._released[sequence.sequence_id] = None
 
     def reset(self, num_blocks: int) -> tuple[Sequence, ...]:
-        """A new epoch with `num_blocks` empty blocks: nothing is in flight, step ids restart from 1.
+        """A new epoch with `num_blocks` empty blocks: nothing is in flight or cached, step ids restart from 1.
 
-        All sequences wait to be computed again, in their old order. Those that cannot fit `num_blocks` are finished and
+        All sequences wait to be computed again, those that ran first. Those that cannot fit `num_blocks` are finished and
         returned.
         """
         self._pool = BlockPool(num_blocks)
         self._in_flight.clear()
         self._in_flight_prefill.clear()
+        self._being_filled.clear()
         self._last_step_id = 0
         self._prefilling.clear()
         self._ready.clear()
@@ -179,6 +279,10 @@ class Ledger:
         for sequence in too_long:
             self.finish(sequence.sequence_id)
         return too_long
+
+    def _request_of(self, sequence: Sequence) -> Collection[Sequence]:
+        """The live sequences of its request."""
+        return (sequence,) if sequence.request_key is None else self._by_request[sequence.request_key].values()
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size_tokens)
@@ -204,43 +308,41 @@ class Ledger:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be given to a sequence now."""
+        """Blocks that can be given to a sequence now, those of the prefix cache that nobody holds included."""
         return self._pool.num_free
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Of the free blocks, those whose content can be shared."""
+        return self._pool.num_cached
 
     @property
     def num_in_flight(self) -> int:
         """Micro-batches sent and not returned."""
         return len(self._in_flight)
 
-    def check_integrity(self) -> None:
-        """Every invariant, or AssertionError. Costs time in proportion to all blocks and tokens: for tests."""
-        running = self._running
-        self._pool.check_integrity(block for sequence in running.values() for block in sequence.block_table)
-        assert {*running, *(sequence.sequence_id for sequence in self._waiting)} == set(self._sequences)
-        assert len(running) + len(self._waiting) == len(self._sequences)
-        assert self._waiting.num_tokens == sum(sequence.num_tokens for sequence in self._waiting)
-        assert [s.rank for s in self._waiting] == sorted(s.rank for s in self._waiting)
-        for sequence in self._waiting:
-            assert not sequence.block_table
-            assert not sequence.in_flight_steps
-            assert not sequence.registered
-            assert sequence.num_computed_tokens == sequence.num_scheduled_tokens == 0
-        assert not self._prefilling.keys() & self._ready.keys()
-        for sequence_id, sequence in running.items():
-            steps = [step.step_id for step in self._in_flight if any(row.sequence is sequence for row in step.rows)]
-            assert list(sequence.in_flight_steps) == steps
-            num_unscheduled = sequence.num_tokens - sequence.num_scheduled_tokens
-            assert (sequence_id in self._ready) == (num_unscheduled == 1 and sequence_id not in self._prefilling)
-            assert (sequence_id in self._prefilling or sequence_id in self._ready) == (num_unscheduled > 0)
-            assert sequence_id not in self._ready or not steps, "a ready sequence is in flight"
-            assert 0 <= sequence.num_computed_tokens <= sequence.num_scheduled_tokens <= sequence.num_tokens
-            assert len(sequence.block_table) >= self._num_blocks_for(sequence.num_scheduled_tokens)
-            assert sequence.num_tokens < sequence.max_total_tokens
-        for step in self._in_flight:
-            for row in step.rows:
-                if row.sequence.finished:
-                    assert self._pool.is_quarantined(row.block_table), "a block in flight is not in quarantine"
-                else:
-                    assert row.block_table == row.sequence.block_table[: len(row.block_table)]
-        live_registered = {s.sequence_id for s in self._sequences.values() if s.registered}
-        assert not live_registered & self._released.keys(), "the history of a live sequence would be forgotten"
+    @property
+    def backlog_tokens(self) -> int:
+        """Tokens that are not scheduled yet, of all prompts here."""
+        prefilling = self._prefilling.values()
+        return self._waiting.num_tokens + sum(one.num_tokens - one.num_scheduled_tokens for one in prefilling)
+
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Of a sequence that is not here, the tokens that the prefix cache would save now."""
+        return len(self._cached_blocks(sequence, 0)) * self.block_size_tokens
+
+    def _num_shareable(self, sequence: Sequence) -> int:
+        """Its full blocks without the last token, which is always computed."""
+        return (sequence.num_tokens - 1) // self.block_size_tokens
+
+    def _cached_blocks(self, sequence: Sequence, first: int) -> list[int]:
+        """Published blocks for its blocks `first`, `first` + 1, ..."""
+        if not self._may_share(sequence):
+            return []
+        blocks: list[int] = []
+        for index in range(first, self._num_shareable(sequence)):
+            block = self._pool.find(sequence.keys(index + 1, self.block_size_tokens)[index])
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks

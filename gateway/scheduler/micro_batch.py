@@ -29,6 +29,8 @@ class ScheduledRow:
     wants_output: bool
     output_position: int
     needs_registration: bool
+    is_prefill: bool
+    """A chunk of tokens that were there when the sequence began (again), not the token chosen last."""
 
 
 @dataclass(slots=True, eq=False)

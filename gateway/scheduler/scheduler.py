@@ -1,28 +1,35 @@
 """Which tokens of which sequences go into the next micro-batch.
 
-Why it never deadlocks. Sequences have one total order that never changes, `Sequence.rank`.
+Why it never deadlocks. Running sequences have one total order that never changes, `Sequence.rank`.
 
 1. A sequence is admitted whole: it gets the blocks of all its tokens at once, so prefill never waits for memory. Only a
    decode row can need a block, one at a time.
-2. A decode that finds no free block preempts a sequence of higher rank that is not in flight. If there is none it waits
-   and keeps its place among the ready ones, which are served by waiting time and before prompts: the blocks it waits for
-   come with a return (quarantined ones, or those of a sequence that was in flight), and it is the first to take them.
+2. A decode that finds no free block preempts sequences of higher rank that are not in flight, the highest first, until one
+   is free (the blocks of a victim may be shared). If there is none it waits and keeps its place among the ready ones, which
+   are served by waiting time and before prompts: the blocks it waits for come with a return (quarantined ones, or those of
+   a sequence that was in flight), and it is the first to take them. A sequence whose request holds more than its share of
+   the cache leaves one free block for each of the others, and preempts only when nothing else could run.
 3. With nothing in flight no block is quarantined. Then either something running has work and its blocks; or the lowest
    rank among the ready ones finds a free block, or a victim, or is alone, and alone it fits, as `add` checked; or nothing
    runs, and the first of the waiting finds all blocks free. So `schedule` returns None with nothing in flight only if
    there is no sequence.
-4. The running sequence of lowest rank is never a victim, so it ends; then the next one is the lowest. Victims wait at
-   their old rank, before all who came later, and only finitely many can come before them: every sequence ends.
+4. The running sequence of lowest rank is never a victim, so it ends; then the next one is the lowest. Victims wait before
+   all of their priority that never ran, and `WaitingQueue` starves nobody: every sequence ends.
 
 Admission leaves one free block for each running sequence, so that those admitted are not preempted again at once.
 """
 
 from __future__ import annotations
 
-from gateway.scheduler.filling import decode_target, prefill_budget
+from array import array
+
+from gateway.scheduler.filling import DECODE_SLOWDOWN, decode_target, num_chunks, num_groups, prefill_budget, ramp
 from gateway.scheduler.ledger import Ledger
 from gateway.scheduler.micro_batch import MicroBatch, ScheduledRow
 from gateway.scheduler.sequence import Sequence
+
+PROBE_PRIORITY = 1 << 40
+"""Sequences of at least this priority go before everything, also before those that must run alone: they prove a pipeline."""
 
 
 class Scheduler(Ledger):
@@ -34,105 +41,240 @@ class Scheduler(Ledger):
     """
 
     def schedule(self) -> MicroBatch | None:
-        """The next micro-batch; None when nothing can run now or `max_in_flight` are out.
+        """The next micro-batch; None when nothing can run now or as many as are useful are out.
 
         With nothing in flight, None means that there are no sequences.
         """
-        num_free_slots = self.max_in_flight - len(self._in_flight)
+        num_free_slots = self._most_in_flight() - len(self._in_flight)
         if num_free_slots <= 0:
             return None
         step_id = self._last_step_id + 1
         rows: list[ScheduledRow] = []
-        self._schedule_decodes(step_id, rows, num_free_slots)
-        num_decodes = len(rows)
-        budget = self._schedule_prefills(step_id, rows)
-        self._admit(step_id, rows, budget)
+        if self._alone:
+            self._schedule_alone(step_id, rows)
+        else:
+            self._schedule_decodes(step_id, rows, num_free_slots)
+            budget = self._schedule_prefills(step_id, rows)
+            self._admit(step_id, rows, budget)
+            if not rows and not self._in_flight:
+                self._schedule_decodes(step_id, rows, num_free_slots, last_resort=True)
         if not rows:
             return None
         self._last_step_id = step_id
-        self._in_flight_prefill.append(sum(row.num_tokens for row in rows) - num_decodes)
+        self._in_flight_prefill.append(sum(row.num_tokens for row in rows if row.is_prefill))
         rows.sort(key=lambda row: row.num_tokens != 1)
         micro_batch = MicroBatch(step_id, tuple(rows), tuple(self._released))
         self._released.clear()
         self._in_flight.append(micro_batch)
         return micro_batch
 
-    def _schedule_decodes(self, step_id: int, rows: list[ScheduledRow], num_free_slots: int) -> None:
+    def _most_in_flight(self) -> int:
+        """While sequences decode, no more than their groups: one more micro-batch would stand in their way."""
+        if self._num_decoding == 0:
+            return self.max_in_flight
+        groups = num_groups(num_stages=self.num_stages, fixed_s=self.costs.fixed_s, overhead_s=self.costs.overhead_s)
+        return min(groups, self.max_in_flight)
+
+    def _schedule_decodes(
+        self, step_id: int, rows: list[ScheduledRow], num_free_slots: int, *, last_resort: bool = False
+    ) -> None:
         """Decode rows, longest wait first. One that finds no block keeps its place for the next micro-batch."""
         target = decode_target(
             num_ready=len(self._ready),
             num_decoding=self._num_decoding,
-            max_in_flight=self.max_in_flight,
+            num_groups=num_free_slots + len(self._in_flight),
             num_free_slots=num_free_slots,
         )
-        target = min(target, self.max_step_sequences, self.max_step_tokens)
+        target = min(target, self.limits.max_step_sequences, self.limits.max_step_tokens)
         for sequence in list(self._ready.values()):
             if len(rows) >= target:
                 break
-            if sequence.sequence_id not in self._ready:
-                continue  # preempted by one before it
-            if len(sequence.block_table) * self.block_size_tokens < sequence.num_tokens:
-                if not self._pool.num_free and not self._preempt_for(sequence):
-                    continue
-                sequence.block_table.extend(self._pool.allocate(1))
-            del self._ready[sequence.sequence_id]
-            rows.append(self._row(step_id, sequence, 1))
+            # It may have been preempted by one before it.
+            if sequence.sequence_id in self._ready and self._has_slot(sequence, last_resort=last_resort):
+                del self._ready[sequence.sequence_id]
+                rows.append(self._row(step_id, sequence, 1, is_prefill=False))
+
+    def _has_slot(self, sequence: Sequence, *, last_resort: bool) -> bool:
+        """Whether the next token of a ready sequence has a place in the cache; finds it one if that can be."""
+        if len(sequence.block_table) * self.block_size_tokens >= sequence.num_tokens:
+            return True
+        if not last_resort and self._pool.num_free < len(self._running) and self._over_share(sequence, 1):
+            return False  # one for each of the others comes first
+        while not self._pool.num_free:
+            if not self._preempt_for(sequence):
+                return False
+        sequence.block_table.extend(self._pool.allocate(1))
+        return True
 
     def _preempt_for(self, sequence: Sequence) -> bool:
-        """Free the blocks of the running sequence that ranks last, if it ranks after this one and is not in flight."""
+        """Stop the running sequence that ranks last, if it ranks after this one and is not in flight."""
         if self._pool.num_quarantined:
             return False  # blocks are on their way back: one return is a shorter wait than computing a sequence again
         candidates = (other for other in self._running.values() if not other.in_flight_steps)
-        victim = max(candidates, key=lambda other: other.rank)
+        victim = max(candidates, key=_rank)
         if victim is sequence:
             return False
+        self._preempt(victim)
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
         self._stop_running(victim)
         victim.forget_cache()
         self._waiting.push(victim)
         self.num_preemptions += 1
-        return True
+
+    def _over_share(self, sequence: Sequence, num_more_blocks: int) -> bool:
+        """Whether its request, with so many blocks more, would hold more of the cache than one may while there are others.
+        A request that holds nothing may always begin."""
+        own = self._request_of(sequence)
+        if len(own) == len(self._sequences):
+            return False
+        num_held = sum(len(one.block_table) - one.num_shared_blocks for one in own)
+        return num_held > 0 and num_held + num_more_blocks > self.limits.max_request_kv_fraction * self._pool.num_blocks
 
     def _schedule_prefills(self, step_id: int, rows: list[ScheduledRow]) -> int:
         """Chunks of running prompts, in service order. Returns the prefill tokens left for new ones."""
-        unscheduled = sum(sequence.num_tokens - sequence.num_scheduled_tokens for sequence in self._prefilling.values())
-        free_tokens = self._pool.num_free * self.block_size_tokens + unscheduled
-        budget = prefill_budget(
-            backlog_tokens=self._waiting.num_tokens + unscheduled + sum(self._in_flight_prefill),
-            max_in_flight=self.max_in_flight,
-            free_kv_fraction=min(1.0, free_tokens / (self._pool.num_blocks * self.block_size_tokens)),
-            num_decoding=self._num_decoding,
-            room_tokens=self.max_step_tokens - len(rows),
-            max_step_tokens=self.max_step_tokens,
-            min_prefill_tokens=self.min_prefill_tokens,
-        )
-        for sequence in sorted(self._prefilling.values(), key=lambda other: other.rank):
-            if budget == 0 or len(rows) == self.max_step_sequences:
+        prompts = sorted(self._prefilling.values(), key=_rank)
+        budget = self._prefill_budget(prompts, len(rows))
+        for sequence in prompts:
+            if budget == 0 or len(rows) == self.limits.max_step_sequences:
                 break
-            budget -= self._prefill_row(step_id, rows, sequence, budget)
+            if not self._waits_for_prefix(sequence):
+                budget -= self._prefill_row(step_id, rows, sequence, budget)
         return budget
 
+    def _prefill_budget(self, prompts: list[Sequence], num_decodes: int) -> int:
+        backlog = self.backlog_tokens
+        if not backlog:
+            return 0
+        unscheduled = backlog - self._waiting.num_tokens
+        free_tokens = self._pool.num_free * self.block_size_tokens + unscheduled
+        begun = sum(prompt.num_scheduled_tokens for prompt in prompts)
+        first = prompts[0] if prompts else self._waiting.first()
+        context = 0 if first is None else first.num_scheduled_tokens
+        token_s = self.costs.prefill_token_s(context)
+        chunks = num_chunks(
+            backlog_tokens=backlog + begun, num_stages=self.num_stages, fixed_s=self.costs.fixed_s, token_s=token_s
+        )
+        most = self.costs.most_prefill_tokens(num_decodes=num_decodes, slowdown=DECODE_SLOWDOWN, context_tokens=context)
+        if most is not None:
+            most = ramp(most, self._in_flight_prefill)
+        return prefill_budget(
+            backlog_tokens=backlog + sum(self._in_flight_prefill) if chunks is None else backlog + begun,
+            num_chunks=self.max_in_flight if chunks is None else chunks,
+            free_kv_fraction=min(1.0, free_tokens / (self._pool.num_blocks * self.block_size_tokens)),
+            num_decoding=self._num_decoding,
+            most_beside_decodes=most,
+            room_tokens=self.limits.max_step_tokens - num_decodes,
+            max_step_tokens=self.limits.max_step_tokens,
+            min_prefill_tokens=self.limits.min_prefill_tokens,
+        )
+
     def _admit(self, step_id: int, rows: list[ScheduledRow], budget: int) -> None:
-        """First chunks of waiting sequences, strictly in service order, as long as tokens, rows and blocks last."""
-        max_running = self.max_step_sequences * self.max_in_flight  # more could never be in flight together
-        while self._waiting and budget and len(rows) < self.max_step_sequences and len(self._running) < max_running:
-            num_blocks = self._num_blocks_for(self._waiting.peek().num_tokens)
-            if num_blocks + len(self._running) > self._pool.num_free:
+        """First chunks of waiting sequences, in service order, as long as tokens, rows and blocks last.
+
+        One whose request has its share of the cache is passed over; one that finds no blocks is waited for.
+        """
+        limits = self.limits
+        max_running = limits.max_step_sequences * self.max_in_flight  # more could never be in flight together
+        while budget and len(rows) < limits.max_step_sequences and len(self._running) < max_running:
+            sequence = self._waiting.first(self._may_be_admitted)
+            if sequence is None or not self._allocate(sequence):
                 break
-            sequence = self._waiting.pop()
-            sequence.block_table.extend(self._pool.allocate(num_blocks))
-            self._running[sequence.sequence_id] = sequence
-            self._prefilling[sequence.sequence_id] = sequence
             budget -= self._prefill_row(step_id, rows, sequence, budget)
+
+    def _may_be_admitted(self, sequence: Sequence) -> bool:
+        over_share = self._over_share(sequence, self._num_blocks_for(sequence.num_tokens))
+        return not over_share and not self._waits_for_prefix(sequence)
+
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        """Whether its next blocks are being computed in flight for another sequence, so that it is better off waiting."""
+        if not self._being_filled or not self._may_share(sequence):
+            return False
+        first = sequence.num_scheduled_tokens // self.block_size_tokens
+        first += len(self._cached_blocks(sequence, first))
+        last = min(first + self._num_blocks_for(self.limits.min_prefill_tokens), self._num_shareable(sequence))
+        if first >= last:
+            return False
+        keys = sequence.keys(last, self.block_size_tokens)
+        return all(key in self._being_filled for key in keys[first:last])
+
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Make a waiting sequence run, if there are blocks for all its tokens."""
+        shared = self._cached_blocks(sequence, 0)
+        num_new = self._num_blocks_for(sequence.num_tokens) - len(shared)
+        num_taken = num_new + sum(self._pool.counts_as_free(block) for block in shared)
+        if num_taken + len(self._running) > self._pool.num_free:
+            return False
+        for block in shared:
+            self._pool.share(block)
+        self._waiting.serve(sequence)
+        self._start_running(sequence, array("i", shared + self._pool.allocate(num_new)), len(shared))
+        sequence.first_run, sequence.resumed = not sequence.resumed, True
+        self._skip(sequence, len(shared) * self.block_size_tokens)
+        if sequence.first_run:
+            self._waiting.counters.charge(
+                sequence.tenant, prompt_tokens=sequence.num_tokens - sequence.num_scheduled_tokens
+            )
+        self._drain_rate.observe(sequence.num_tokens, self._now_s)
+        return True
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Share what was published since a running prompt got its blocks: prompts that came together with the same
+        beginning compute it once."""
+        first = sequence.num_scheduled_tokens // self.block_size_tokens
+        shared = self._cached_blocks(sequence, first)
+        if not shared:
+            return
+        for block in shared:
+            self._pool.share(block)
+        own = sequence.block_table[first : first + len(shared)]
+        sequence.block_table[first : first + len(shared)] = array("i", shared)
+        self._pool.free(own, last_step=sequence.in_flight_steps[-1] if sequence.in_flight_steps else 0)
+        sequence.num_shared_blocks += len(shared)
+        self._skip(sequence, (first + len(shared)) * self.block_size_tokens)
+
+    def _skip(self, sequence: Sequence, position: int) -> None:
+        """Tokens before `position` need not be computed."""
+        if sequence.first_run:
+            num_prompt = len(sequence.prompt_token_ids)
+            skipped = min(position, num_prompt) - min(sequence.num_scheduled_tokens, num_prompt)
+            sequence.num_cached_prompt_tokens += skipped
+        sequence.num_scheduled_tokens = position
+        if not sequence.in_flight_steps:
+            sequence.num_computed_tokens = position
 
     def _prefill_row(self, step_id: int, rows: list[ScheduledRow], sequence: Sequence, budget: int) -> int:
         """Append the next chunk, at most `budget` tokens. Returns its size."""
+        if sequence.num_scheduled_tokens:
+            self._adopt(sequence)
         num_tokens = min(budget, sequence.num_tokens - sequence.num_scheduled_tokens)
-        rows.append(self._row(step_id, sequence, num_tokens))
+        rows.append(self._row(step_id, sequence, num_tokens, is_prefill=True))
         if rows[-1].wants_output:
             del self._prefilling[sequence.sequence_id]
         return num_tokens
 
-    def _row(self, step_id: int, sequence: Sequence, num_tokens: int) -> ScheduledRow:
+    def _schedule_alone(self, step_id: int, rows: list[ScheduledRow]) -> None:
+        """The next row of a sequence that must run alone (probes before it), once nothing else is in flight. The others
+        keep their blocks unless it needs them."""
+        probes = [sequence for sequence in self._sequences.values() if sequence.priority >= PROBE_PRIORITY]
+        sequence = min([*probes, *self._alone.values()], key=_rank)
+        if any(row.sequence is not sequence for step in self._in_flight for row in step.rows):
+            return
+        others = sorted((other for other in self._running.values() if other is not sequence), key=_rank)
+        if sequence.sequence_id not in self._running:
+            while not self._allocate(sequence):
+                self._preempt(others.pop())
+        if sequence.sequence_id in self._prefilling:
+            self._prefill_row(step_id, rows, sequence, self.limits.max_step_tokens)
+        elif sequence.sequence_id in self._ready:
+            while others and not self._pool.num_free:
+                self._preempt(others.pop())
+            if self._has_slot(sequence, last_resort=True):
+                del self._ready[sequence.sequence_id]
+                rows.append(self._row(step_id, sequence, 1, is_prefill=False))
+
+    def _row(self, step_id: int, sequence: Sequence, num_tokens: int, *, is_prefill: bool) -> ScheduledRow:
         start = sequence.num_scheduled_tokens
         end = start + num_tokens
         wants_output = end == sequence.num_tokens
@@ -142,7 +284,7 @@ class Scheduler(Ledger):
             self._released.pop(sequence.sequence_id, None)  # registering replaces what the stage holds
         sequence.num_scheduled_tokens = end
         sequence.in_flight_steps.append(step_id)
-        return ScheduledRow(
+        row = ScheduledRow(
             sequence=sequence,
             start=start,
             num_tokens=num_tokens,
@@ -152,4 +294,12 @@ class Scheduler(Ledger):
             wants_output=wants_output,
             output_position=len(sequence.output_token_ids),
             needs_registration=needs_registration,
+            is_prefill=is_prefill,
         )
+        if is_prefill:
+            self._being_filled.update(self._filled_keys(row))
+        return row
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

@@ -6,16 +6,18 @@ from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
+from gateway.scheduler.prefix import next_key, root_key
+
 PRIORITY_HEAD_START = 1024
-"""Sequences that one level of priority may overtake. See `Sequence.rank`."""
+"""Sequences that one level of priority may overtake. See `Sequence.rank` and `WaitingQueue`."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """Prompt, generated tokens, and where its keys and values are.
 
-    The caller sets the first six fields and only reads the others. `output_token_ids` begins with the tokens of a
-    resumed generation; the scheduler appends what `Scheduler.complete` brings. `max_total_tokens` bounds prompt and
+    The caller sets the fields down to `resumed` and only reads the others. `output_token_ids` begins with the tokens of
+    a resumed generation; the scheduler appends what `Scheduler.complete` brings. `max_total_tokens` bounds prompt and
     output together, in tokens. A higher `priority` goes first. A `Sequence` belongs to one scheduler for life: to go on
     elsewhere, make a new one whose `output_token_ids` holds what was generated.
     """
@@ -26,6 +28,22 @@ class Sequence:
     choice_index: int = 0
     max_total_tokens: int
     priority: int = 0
+    request_key: int | None = None
+    """The same for all choices of one request and no other; None: a request of its own."""
+    tenant: str = ""
+    """Who pays: tenants share fairly, and none sees another's cached prefixes."""
+    deadline_s: float | None = None
+    """On the clock of `Ledger.expire`; None: whenever."""
+    use_prefix_cache: bool = True
+    """Whether its blocks may come from the prefix cache and stay there."""
+    cache_salt: str = ""
+    """Prefixes are shared only between sequences of equal salt."""
+    deaths: dict[str, int] = field(default_factory=dict)
+    """Deaths of stages that may have been executing a step of it, since its last token, by stage."""
+    run_alone: bool = False
+    """No other sequence is in flight with it: what happens to a stage then is its doing. Its next token ends that."""
+    resumed: bool = False
+    """It ran before, here or elsewhere, so it goes before those of its priority that never ran."""
 
     arrival: int = -1
     """Number of the `Scheduler.add` call, from 0; -1 before it."""
@@ -37,10 +55,18 @@ class Sequence:
     """Tokens, from position 0, whose keys and values are written and whose micro-batch has returned."""
     num_scheduled_tokens: int = 0
     """The same, with those of the micro-batches in flight."""
+    first_run: bool = False
+    """Whether it runs for the first time; what is computed again counts neither for nor against anybody."""
+    num_cached_prompt_tokens: int = 0
+    """Prompt tokens that came from the prefix cache when the sequence first ran."""
     in_flight_steps: deque[int] = field(default_factory=deque)
     """Micro-batches in flight that hold a row of this sequence, oldest first."""
     block_table: array[int] = field(default_factory=lambda: array("i"))
     """int32 KV block ids by position; empty unless the sequence is running."""
+    num_shared_blocks: int = 0
+    """Those of the block table that came from the prefix cache."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Keys of its full blocks, as far as they were needed. See prefix.py."""
 
     @property
     def num_tokens(self) -> int:
@@ -49,11 +75,10 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Place in the service order, lower first: priority, then arrival. No two sequences have the same.
+        """Place among those that run, lower first: priority, then arrival. No two sequences have the same.
 
         One level of priority is worth `PRIORITY_HEAD_START` places. The order never changes while a sequence lives, and
-        only finitely many sequences can ever stand before it, so a flood of urgent requests delays the others but
-        cannot starve them.
+        only finitely many sequences can ever stand before it.
         """
         return self.arrival - self.priority * PRIORITY_HEAD_START, self.arrival
 
@@ -64,6 +89,35 @@ class Sequence:
             return tuple(self.output_token_ids[start - num_prompt : end - num_prompt])
         return self.prompt_token_ids[start:end] + tuple(self.output_token_ids[: max(0, end - num_prompt)])
 
+    def keys(self, num_blocks: int, block_size_tokens: int) -> list[bytes]:
+        """At least the keys of its first `num_blocks` blocks, all of them full."""
+        keys = self.block_keys
+        while len(keys) < num_blocks:
+            start = len(keys) * block_size_tokens
+            parent = keys[-1] if keys else root_key(self.tenant, self.cache_salt)
+            keys.append(next_key(parent, self.tokens(start, start + block_size_tokens)))
+        return keys
+
+    def successor(self) -> Sequence:
+        """The same sequence for another scheduler, which computes its tokens again."""
+        return Sequence(
+            sequence_id=self.sequence_id,
+            prompt_token_ids=self.prompt_token_ids,
+            output_token_ids=list(self.output_token_ids),
+            choice_index=self.choice_index,
+            max_total_tokens=self.max_total_tokens,
+            priority=self.priority,
+            request_key=self.request_key,
+            tenant=self.tenant,
+            deadline_s=self.deadline_s,
+            use_prefix_cache=self.use_prefix_cache,
+            cache_salt=self.cache_salt,
+            deaths=dict(self.deaths),
+            run_alone=self.run_alone,
+            resumed=self.resumed,
+            num_cached_prompt_tokens=self.num_cached_prompt_tokens,
+        )
+
     def forget_cache(self) -> None:
         """Back to the state before the first row: every token is to be computed (again)."""
         self.registered = False
@@ -71,3 +125,4 @@ class Sequence:
         self.num_scheduled_tokens = 0
         self.in_flight_steps.clear()
         self.block_table = array("i")
+        self.num_shared_blocks = 0

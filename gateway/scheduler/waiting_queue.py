@@ -3,50 +3,145 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
-from gateway.scheduler.sequence import Sequence
+from gateway.scheduler.fair_share import VirtualTokenCounters
+from gateway.scheduler.sequence import PRIORITY_HEAD_START, Sequence
+
+Allowed = Callable[[Sequence], bool]
 
 
-def _key(sequence: Sequence) -> tuple[int, int]:
-    # Descending, so that the next one stands at the end, where a list gives it up for free.
-    place, arrival = sequence.rank
-    return -place, -arrival
+@dataclass(slots=True, eq=False)
+class _Level:
+    """Waiting sequences of one priority."""
+
+    resumed: list[Sequence] = field(default_factory=list)  # by rank
+    tenants: dict[str, deque[Sequence]] = field(default_factory=dict)  # by arrival; no empty one
+    order: list[tuple[float, int, str]] = field(default_factory=list)
+    """A heap of (counter, arrival of the head, tenant), one entry for each tenant in `ordered`. Both numbers only grow, so
+    an entry that is out of date stands too early, never too late."""
+    ordered: set[str] = field(default_factory=set)
+    num_overtaken: int = 0
+    """Sequences of higher priority that were served, since the last one of this level, while this level waited."""
+
+    def __bool__(self) -> bool:
+        return bool(self.resumed or self.tenants)
+
+    def first(self, allowed: Allowed, counters: VirtualTokenCounters) -> Sequence | None:
+        for sequence in self.resumed:
+            if allowed(sequence):
+                return sequence
+        passed = []
+        try:
+            while self.order:
+                entry = heappop(self.order)
+                queue = self.tenants.get(entry[2])
+                if queue is None:
+                    self.ordered.discard(entry[2])
+                    continue
+                now = (counters.of(entry[2]), queue[0].arrival, entry[2])
+                if entry != now:
+                    heappush(self.order, now)
+                    continue
+                passed.append(entry)
+                for sequence in queue:
+                    if allowed(sequence):
+                        return sequence
+            return None
+        finally:
+            for entry in passed:
+                heappush(self.order, entry)
 
 
 class WaitingQueue:
-    """Sequences by `Sequence.rank`, lowest first. A preempted one returns to its rank, before all who came after it."""
+    """Service order: priority; then sequences that ran before, by `Sequence.rank`; then the tenant that was served least,
+    and of its sequences the one that came first.
+
+    Nobody starves. After `PRIORITY_HEAD_START` sequences of higher priority were served before a level, one of that level
+    is. Within a level, the sequences that ran before are finitely many, and tenants overtake another one only until their
+    counters reach its own.
+    """
 
     def __init__(self) -> None:
-        self._sequences: list[Sequence] = []
+        self.counters = VirtualTokenCounters()
         self.num_tokens = 0
-        """Tokens to prefill for all of them."""
+        """Tokens to prefill for all of them, where nothing is cached."""
+        self._levels: dict[int, _Level] = {}
+        self._num_waiting_by_tenant: dict[str, int] = {}  # those that never ran
+        self._len = 0
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return self._len
 
     def __iter__(self) -> Iterator[Sequence]:
-        """In service order."""
-        return reversed(self._sequences)
+        """In no particular order."""
+        for level in self._levels.values():
+            yield from level.resumed
+            for queue in level.tenants.values():
+                yield from queue
 
     def push(self, sequence: Sequence) -> None:
-        """Put a sequence at its place."""
-        insort(self._sequences, sequence, key=_key)
+        """Put a sequence at its place. One that never ran (not `resumed`) comes after all others of its tenant."""
+        level = self._levels.setdefault(sequence.priority, _Level())
+        if sequence.resumed:
+            insort(level.resumed, sequence, key=_rank)
+        else:
+            tenant = sequence.tenant
+            if tenant not in self._num_waiting_by_tenant:
+                self.counters.activate(tenant, self._num_waiting_by_tenant.keys())
+                self._num_waiting_by_tenant[tenant] = 0
+            self._num_waiting_by_tenant[tenant] += 1
+            level.tenants.setdefault(tenant, deque()).append(sequence)
+            if tenant not in level.ordered:
+                level.ordered.add(tenant)
+                heappush(level.order, (self.counters.of(tenant), level.tenants[tenant][0].arrival, tenant))
+        self._len += 1
         self.num_tokens += sequence.num_tokens
 
-    def peek(self) -> Sequence:
-        """The next sequence; the queue must not be empty."""
-        return self._sequences[-1]
+    def first(self, allowed: Allowed = lambda sequence: True) -> Sequence | None:
+        """The next sequence that is allowed to go."""
+        for level in self._in_order():
+            if (sequence := level.first(allowed, self.counters)) is not None:
+                return sequence
+        return None
 
-    def pop(self) -> Sequence:
-        """Take the next sequence; the queue must not be empty."""
-        sequence = self._sequences.pop()
-        self.num_tokens -= sequence.num_tokens
-        return sequence
+    def serve(self, sequence: Sequence) -> None:
+        """Take the sequence that `first` returned and remember who was overtaken."""
+        self.remove(sequence)
+        for priority, level in self._levels.items():
+            if priority < sequence.priority:
+                level.num_overtaken += 1
+            elif priority == sequence.priority:
+                level.num_overtaken = 0
 
     def remove(self, sequence: Sequence) -> None:
         """Take a given sequence, which must be here."""
-        index = bisect_left(self._sequences, _key(sequence), key=_key)
-        assert self._sequences[index] is sequence
-        del self._sequences[index]
+        level = self._levels[sequence.priority]
+        if sequence.resumed:
+            index = bisect_left(level.resumed, sequence.rank, key=_rank)
+            assert level.resumed[index] is sequence
+            del level.resumed[index]
+        else:
+            tenant = sequence.tenant
+            level.tenants[tenant].remove(sequence)
+            if not level.tenants[tenant]:
+                del level.tenants[tenant]
+            self._num_waiting_by_tenant[tenant] -= 1
+            if not self._num_waiting_by_tenant[tenant]:
+                del self._num_waiting_by_tenant[tenant]
+                self.counters.leave(tenant)
+        if not level:
+            del self._levels[sequence.priority]
+        self._len -= 1
         self.num_tokens -= sequence.num_tokens
+
+    def _in_order(self) -> list[_Level]:
+        late = [level for level in self._levels.values() if level.num_overtaken >= PRIORITY_HEAD_START]
+        return late + [self._levels[priority] for priority in sorted(self._levels, reverse=True)]
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

@@ -57,6 +57,7 @@ class FakeEngine:
     tokenizer: Tokenizer
     answer: str = "hé llo"
     token_s: float = 0.0
+    cached_prompt_tokens: tuple[int, ...] = (0, 0)  # by choice
     fail_after: int | None = None
     failure: Exception | None = None
     is_ready: bool = True
@@ -106,6 +107,7 @@ class FakeEngine:
             token_ids=(token,),
             logprobs=() if count is None else (TokenLogprobs(token, -0.5, top),),
             finish_reason=FinishReason.LENGTH if last else None,
+            cached_prompt_tokens=self.cached_prompt_tokens[choice],
         )
 
     async def _wait(self, request: GenerateRequest) -> None:

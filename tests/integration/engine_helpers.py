@@ -60,16 +60,24 @@ def expected_tokens(prompt: Sequence[int], count: int, *, num_stages: int, suppr
 
 class ToyRunner:
     """Takes the place of StageRunner. `delay_s` a step; `fail_token` makes a step that holds it fail, `nan_token` makes
-    the logits after it NaN."""
+    the logits after it NaN, `poison_token` calls `on_poison`, which is to end the stage."""
 
     dtype = torch.float32
     device = torch.device("cpu")
     block_size_tokens = BLOCK_TOKENS
     attention_report = "toy"
 
-    def __init__(self, layers: LayerRange, delay_s: float = 0.0, fail_token: int = -1, nan_token: int = -1) -> None:
+    def __init__(
+        self,
+        layers: LayerRange,
+        delay_s: float = 0.0,
+        fail_token: int = -1,
+        nan_token: int = -1,
+        poison_token: int = -1,
+    ) -> None:
         self.config = SimpleNamespace(num_layers=NUM_LAYERS, hidden_size=1, vocab_size=VOCAB_SIZE)
         self.layers, self.delay_s, self.fail_token, self.nan_token = layers, delay_s, fail_token, nan_token
+        self.poison_token, self.on_poison = poison_token, lambda: None
         last = layers.end_layer == NUM_LAYERS
         self.model = SimpleNamespace(is_first=layers.start_layer == 0, is_last=last, batch_invariant=False)
         self.num_blocks = 0
@@ -81,6 +89,9 @@ class ToyRunner:
 
     def execute(self, batch, hidden_TD):
         time.sleep(self.delay_s)
+        if self.poison_token in batch.token_ids:
+            self.on_poison()
+            time.sleep(0.2)  # no result of this step is ever seen
         if self.fail_token in batch.token_ids:
             raise RuntimeError("toy failure")
         values = batch.token_ids if hidden_TD is None else hidden_TD[:, 0].to(torch.int64).numpy()
@@ -184,6 +195,7 @@ class Answer:
     logprobs: list = field(default_factory=list)
     finish_reason: FinishReason | None = None
     matched_stop: str = ""
+    cached_prompt_tokens: int = 0
 
     def take(self, delta: ChoiceDelta) -> None:
         assert self.finish_reason is None, "a delta after the last one"
@@ -191,6 +203,7 @@ class Answer:
         self.text += delta.text
         self.logprobs += delta.logprobs
         self.finish_reason, self.matched_stop = delta.finish_reason, delta.matched_stop
+        self.cached_prompt_tokens = delta.cached_prompt_tokens
 
 
 async def collect(engine: Engine, what: GenerateRequest) -> dict[int, Answer]:

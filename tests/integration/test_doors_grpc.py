@@ -73,6 +73,14 @@ async def test_stream_has_start_deltas_usage(stub):
     assert (logprobs.chosen.token, logprobs.chosen.logprob, len(logprobs.top)) == (b"h", -0.5, 2)
 
 
+async def test_cached_prompt_tokens_are_those_that_no_choice_computed(stub, doors):
+    doors.engine.cached_prompt_tokens = (2, 1)
+    response = await stub.Generate(pb.GenerateRequest(generation=generation(num_choices=2)))
+    assert response.usage.cached_prompt_tokens == 1
+    messages = [m async for m in stub.StreamGenerate(pb.StreamGenerateRequest(generation=generation()))]
+    assert messages[-1].usage.cached_prompt_tokens == 2
+
+
 async def test_resume_goes_on_after_what_the_client_has(stub, doors):
     resume = gen.Resume(token_ids=doors.tokenizer.encode("h"), model_fingerprint="f00d", seed=5, choice_index=3)
     response = await stub.Generate(pb.GenerateRequest(generation=generation(resume=resume)))

@@ -98,6 +98,17 @@ async def test_chat_stream(client):
     assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 12)
 
 
+async def test_cached_prompt_tokens_are_those_that_no_choice_computed(client, doors):
+    doors.engine.cached_prompt_tokens = (1, 2)
+    answer = await client.completions.create(model="tiny", prompt=["abcd", "abcd"], n=2, max_tokens=3)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2
+    stream = await client.completions.create(
+        model="tiny", prompt="abcd", max_tokens=3, stream=True, stream_options={"include_usage": True}
+    )
+    usage = [chunk.usage async for chunk in stream][-1]
+    assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (4, 1)
+
+
 async def test_completion_of_lists(client, doors):
     answer = await client.completions.create(model="tiny", prompt=["ab", "c"], n=2, seed=5, max_tokens=3)
     assert [(choice.index, choice.text) for choice in answer.choices] == [(i, "hé") for i in range(4)]

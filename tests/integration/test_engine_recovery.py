@@ -91,7 +91,7 @@ async def test_more_sequences_than_the_queue_admits_survive(cluster):
         more, task = load(engine, count=1, seed=index)
         prompts += more
         tasks += task
-        await until(lambda: engine.pipelines()[0].num_waiting_sequences == 0)
+        await until(lambda count=index + 1: engine.pipelines()[0].num_running_sequences == count)
     await cluster.kill(stages[2])
     await replace(cluster, stages[2])
     await check(prompts, tasks)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.scheduler import MicroBatch, Scheduler, Sequence
+from gateway.scheduler import MicroBatch, Scheduler, SchedulerLimits, Sequence, check_integrity
 from gateway.scheduler.filling import decode_target, prefill_budget
 from stageline.errors import InvalidArgumentError, ResourceExhaustedError
 
 BLOCK_SIZE = 4
 
 
-def make_scheduler(**limits: int) -> Scheduler:
-    return Scheduler(**{"num_blocks": 1000, "block_size_tokens": BLOCK_SIZE, "min_prefill_tokens": 1, **limits})
+def make_scheduler(**settings: int) -> Scheduler:
+    """Settings of the scheduler and limits together."""
+    limits = {name: settings.pop(name) for name in list(settings) if name in SchedulerLimits.__dataclass_fields__}
+    return Scheduler(
+        **{"num_blocks": 1000, "block_size_tokens": BLOCK_SIZE, **settings},
+        limits=SchedulerLimits(**{"min_prefill_tokens": 1, "prefix_caching": False, **limits}),
+    )
 
 
 def make_sequence(sequence_id: int, num_prompt: int = 3, max_tokens: int = 50, **fields: object) -> Sequence:
@@ -24,14 +29,14 @@ def make_sequence(sequence_id: int, num_prompt: int = 3, max_tokens: int = 50, *
 
 def complete(scheduler: Scheduler, step: MicroBatch, token: int = 7) -> None:
     scheduler.complete(step.step_id, {row.sequence.sequence_id: token for row in step.rows if row.wants_output})
-    scheduler.check_integrity()
+    check_integrity(scheduler)
 
 
 def drain_slots(scheduler: Scheduler) -> list[MicroBatch]:
     steps = []
     while (step := scheduler.schedule()) is not None:
         steps.append(step)
-        scheduler.check_integrity()
+        check_integrity(scheduler)
     return steps
 
 
@@ -48,7 +53,7 @@ def decoding(num_sequences: int, **limits: int) -> Scheduler:
     assert step is not None
     assert len(step.rows) == num_sequences
     complete(scheduler, step)
-    scheduler.max_in_flight = limits.get("max_in_flight", 1)
+    scheduler.max_in_flight = scheduler.num_stages = limits.get("max_in_flight", 1)
     return scheduler
 
 
@@ -69,7 +74,7 @@ def test_an_uneven_spread_evens_out() -> None:
     scheduler = decoding(8, max_in_flight=1)
     step = scheduler.schedule()
     assert step is not None
-    scheduler.max_in_flight = 4
+    scheduler.max_in_flight = scheduler.num_stages = 4
     complete(scheduler, step)  # all eight come back at once, into a pipeline of four slots
     assert [len(step.rows) for step in drain_slots(scheduler)] == [2, 2, 2, 2]
 
@@ -248,7 +253,7 @@ def test_a_failed_step_ends_its_sequences_only() -> None:
     scheduler = decoding(4, max_in_flight=2)
     first, second = drain_slots(scheduler)
     failed = scheduler.fail(first.step_id)
-    scheduler.check_integrity()
+    check_integrity(scheduler)
     assert [sequence.sequence_id for sequence in failed] == [0, 1]
     assert all(sequence.finished for sequence in failed)
     complete(scheduler, second)
@@ -279,7 +284,7 @@ def test_a_lost_release_is_not_sent_again_once_the_sequence_is_registered_again(
         step = scheduler.schedule()
         assert step is not None
         complete(scheduler, step)
-    scheduler.max_in_flight = 3
+    scheduler.max_in_flight = scheduler.num_stages = 3
     preempting = scheduler.schedule()
     assert preempting is not None
     assert preempting.released_sequence_ids == (2,)
@@ -288,7 +293,7 @@ def test_a_lost_release_is_not_sent_again_once_the_sequence_is_registered_again(
     assert again is not None
     assert [(row.sequence.sequence_id, row.needs_registration) for row in again.rows] == [(2, True)]
     scheduler.fail(preempting.step_id)
-    scheduler.check_integrity()
+    check_integrity(scheduler)
     complete(scheduler, again)
     step = scheduler.schedule()
     assert step is not None
@@ -307,7 +312,7 @@ def test_a_new_epoch_computes_everything_again_in_the_old_order() -> None:
     scheduler.add(make_sequence(3, num_prompt=80, max_tokens=8))
     scheduler.schedule()
     assert scheduler.reset(num_blocks=22) == ()
-    scheduler.check_integrity()
+    check_integrity(scheduler)
     assert (scheduler.num_in_flight, scheduler.num_running, scheduler.num_waiting) == (0, 0, 4)
     scheduler.max_in_flight = 1
     step = scheduler.schedule()
@@ -342,14 +347,14 @@ def test_sequences_too_long_for_the_new_epoch_are_handed_back() -> None:
     scheduler.add(long)
     assert scheduler.reset(num_blocks=20) == (long,)
     assert long.finished
-    scheduler.check_integrity()
+    check_integrity(scheduler)
     assert scheduler.num_waiting == 1
 
 
 def test_decode_target() -> None:
-    assert decode_target(num_ready=10, num_decoding=10, max_in_flight=1, num_free_slots=1) == 10
-    assert decode_target(num_ready=10, num_decoding=16, max_in_flight=4, num_free_slots=1) == 4
-    assert decode_target(num_ready=0, num_decoding=16, max_in_flight=4, num_free_slots=1) == 0
+    assert decode_target(num_ready=10, num_decoding=10, num_groups=1, num_free_slots=1) == 10
+    assert decode_target(num_ready=10, num_decoding=16, num_groups=4, num_free_slots=1) == 4
+    assert decode_target(num_ready=0, num_decoding=16, num_groups=4, num_free_slots=1) == 0
 
 
 @pytest.mark.parametrize(
@@ -366,9 +371,10 @@ def test_decode_target() -> None:
 def test_prefill_budget(backlog: int, free: float, decoding_now: int, room: int, expected: int) -> None:
     assert expected == prefill_budget(
         backlog_tokens=backlog,
-        max_in_flight=4,
+        num_chunks=4,
         free_kv_fraction=free,
         num_decoding=decoding_now,
+        most_beside_decodes=None,
         room_tokens=room,
         max_step_tokens=2048,
         min_prefill_tokens=32,

@@ -10,10 +10,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.scheduler import MicroBatch, ScheduledRow, Scheduler, Sequence
+from gateway.scheduler import (
+    PROBE_PRIORITY,
+    MicroBatch,
+    ScheduledRow,
+    Scheduler,
+    SchedulerLimits,
+    Sequence,
+    StepTiming,
+    check_integrity,
+)
 from stageline.errors import InvalidArgumentError, ResourceExhaustedError
 
-Slot = tuple[int, int, int]  # sequence id, position, token
+MAX_WAITING, MAX_WAITING_TOKENS = 12, 200
 
 
 def next_token(sequence_id: int, position: int) -> int:
@@ -21,29 +30,39 @@ def next_token(sequence_id: int, position: int) -> int:
     return (sequence_id * 7919 + position * 104729) % 50021
 
 
+def contents(sequence: Sequence, end: int) -> list[int]:
+    """What the slots of positions [0, end) must hold: a hash of who may share it and of all tokens up to the position."""
+    sharing = (sequence.tenant, sequence.cache_salt) if sequence.use_prefix_cache else sequence.sequence_id
+    num_prompt, value, values = len(sequence.prompt_token_ids), hash(sharing), []
+    for position in range(end):
+        token = sequence.prompt_token_ids[position] if position < num_prompt else None
+        value = hash((value, next_token(sequence.sequence_id, position) if token is None else token))
+        values.append(value)
+    return values
+
+
 class Stage:
-    """Executes steps in order; every row must find in the cache exactly what its sequence wrote."""
+    """Executes steps in order; every row must find in the cache exactly what its sequence, or one that began with the same
+    tokens, wrote."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self.slots: list[Slot | None] = [None] * (num_blocks * block_size)
+        self.slots: list[int | None] = [None] * (num_blocks * block_size)
         self.registered: set[int] = set()
         self.failed: set[int] = set()  # sequences of a step that was not executed: their cache has a hole
 
     def execute(self, step: MicroBatch) -> None:
         self.registered -= set(step.released_sequence_ids)
-        for row in step.rows:
-            for position, token in enumerate(row.token_ids, start=row.start):
-                self.slots[self._slot(row, position)] = (row.sequence.sequence_id, position, token)
-        for row in step.rows:  # after all writes: two owners of one slot would show
-            sequence_id, num_prompt = row.sequence.sequence_id, len(row.sequence.prompt_token_ids)
+        expected = [contents(row.sequence, row.context_len) for row in step.rows]
+        for row, values in zip(step.rows, expected, strict=True):
+            for position in range(row.start, row.context_len):
+                self.slots[self._slot(row, position)] = values[position]
+        for row, values in zip(step.rows, expected, strict=True):  # after all writes: two owners of a slot would show
+            sequence_id = row.sequence.sequence_id
             if sequence_id in self.failed:
                 continue
-            for position in range(row.context_len):
-                expected = row.sequence.prompt_token_ids[position] if position < num_prompt else None
-                if expected is None:
-                    expected = next_token(sequence_id, position)
-                assert self.slots[self._slot(row, position)] == (sequence_id, position, expected)
+            for position, value in enumerate(values):
+                assert self.slots[self._slot(row, position)] == value
             if row.needs_registration:
                 assert row.wants_output
                 self.registered.add(sequence_id)
@@ -63,14 +82,27 @@ class SimulatedPipeline(RuleBasedStateMachine):
         max_step_tokens=st.integers(1, 24),
         max_step_sequences=st.integers(1, 6),
         max_in_flight=st.integers(1, 5),
+        num_stages=st.integers(1, 5),
         min_prefill_tokens=st.integers(1, 8),
+        max_request_kv_fraction=st.sampled_from([0.3, 1.0]),
+        prefix_caching=st.booleans(),
     )
-    def start(self, num_blocks: int, block_size: int, **limits: int) -> None:
+    def start(self, num_blocks: int, block_size: int, max_in_flight: int, num_stages: int, **limits: int) -> None:
         self.block_size = block_size
+        limits = SchedulerLimits(max_waiting_sequences=MAX_WAITING, max_waiting_tokens=MAX_WAITING_TOKENS, **limits)
+        self.limits = limits
         self.scheduler = Scheduler(
-            num_blocks=num_blocks, block_size_tokens=block_size, max_waiting_sequences=12, **limits
+            num_blocks=num_blocks,
+            block_size_tokens=block_size,
+            max_in_flight=max_in_flight,
+            num_stages=num_stages,
+            limits=limits,
         )
+        self.now_s = 0.0
+        self.num_cached_tokens = 0
         self.live: dict[int, Sequence] = {}
+        self.sequences: dict[int, Sequence] = {}  # all that ever were
+        self.ran_before: set[int] = set()
         self.waiting_ids: set[int] = set()
         self.num_sequences = 0
         self.new_epoch(num_blocks)
@@ -87,29 +119,73 @@ class SimulatedPipeline(RuleBasedStateMachine):
         num_prompt=st.integers(1, 30),
         num_resumed=st.integers(0, 4),
         max_tokens=st.integers(1, 20),
-        priority=st.sampled_from([0, 0, 0, 1, -1]),
+        priority=st.sampled_from([0, 0, 0, 0, 1, -1, PROBE_PRIORITY]),
+        prefix=st.integers(0, 2),
+        differs_from=st.integers(0, 40),
+        who=st.sampled_from(["", "", "", "tenant", "salt", "no cache"]),
+        request_key=st.sampled_from([None, None, 1, 2]),
+        lives_s=st.sampled_from([None, None, None, 5.0, 50.0]),
+        run_alone=st.sampled_from([False] * 9 + [True]),
     )
-    def add(self, num_prompt: int, num_resumed: int, max_tokens: int, priority: int) -> None:
+    def add(
+        self,
+        num_prompt: int,
+        num_resumed: int = 0,
+        max_tokens: int = 1,
+        priority: int = 0,
+        prefix: int = 0,
+        differs_from: int = 0,
+        who: str = "",
+        request_key: int | None = None,
+        lives_s: float | None = None,
+        run_alone: bool = False,
+    ) -> None:
         sequence_id = self.num_sequences
         self.num_sequences += 1
+        prompt = [1000 * (prefix if at < differs_from else 10 + sequence_id) + at for at in range(num_prompt)]
         sequence = Sequence(
             sequence_id=sequence_id,
-            prompt_token_ids=tuple(range(1000, 1000 + num_prompt)),
+            prompt_token_ids=tuple(prompt),
             output_token_ids=[next_token(sequence_id, num_prompt + i) for i in range(num_resumed)],
             max_total_tokens=num_prompt + num_resumed + max_tokens,
             priority=priority,
+            tenant="other" if who == "tenant" else "",
+            cache_salt="salt" if who == "salt" else "",
+            use_prefix_cache=who != "no cache",
+            request_key=request_key,
+            deadline_s=None if lives_s is None else self.now_s + lives_s,
+            run_alone=run_alone,
         )
         num_slots = sequence.max_total_tokens - 1
+        waiting = [self.live[id_] for id_ in self.waiting_ids]
+        waiting_tokens = sum(one.num_tokens for one in waiting)
         try:
             self.scheduler.add(sequence)
         except InvalidArgumentError:
             assert num_slots > self.num_blocks * self.block_size
-        except ResourceExhaustedError:
-            assert self.scheduler.num_waiting >= 12  # preempted ones come back whatever the limit
+        except ResourceExhaustedError as error:  # preempted ones come back whatever the limit
+            full = waiting_tokens + sequence.num_tokens > MAX_WAITING_TOKENS
+            assert len(waiting) >= MAX_WAITING or (waiting and full)
+            assert "retry_after_s" in error.metadata  # noqa: PT017
         else:
             assert num_slots <= self.num_blocks * self.block_size
-            self.live[sequence_id] = sequence
+            assert len(waiting) < MAX_WAITING
+            self.live[sequence_id] = self.sequences[sequence_id] = sequence
             self.waiting_ids.add(sequence_id)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 50))
+    def run_alone(self, pick: int) -> None:
+        self.scheduler.run_alone(sorted(self.live)[pick % len(self.live)])
+
+    @rule(seconds=st.floats(0, 10))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+        due = {id_ for id_, one in self.live.items() if one.deadline_s is not None and one.deadline_s <= self.now_s}
+        expired = self.scheduler.expire(self.now_s)
+        assert {sequence.sequence_id for sequence in expired} == due
+        for sequence in expired:
+            self.end(sequence.sequence_id)
 
     @rule()
     def send(self) -> None:
@@ -122,6 +198,8 @@ class SimulatedPipeline(RuleBasedStateMachine):
         self.check(step)
         if self.scheduler.num_preemptions == preemptions:
             self.check_admission_order(step)
+        self.check_alone(step)
+        self.ran_before = {id_ for id_, sequence in self.live.items() if sequence.resumed}
         self.waiting_ids = {id_ for id_, sequence in self.live.items() if not sequence.block_table}
         self.first_stage.execute(step)
         self.flying.append(step)
@@ -130,8 +208,8 @@ class SimulatedPipeline(RuleBasedStateMachine):
         self.last_step_id += 1
         assert step.step_id == self.last_step_id
         assert len(self.flying) < self.scheduler.max_in_flight
-        assert 0 < len(step.rows) <= self.scheduler.max_step_sequences
-        assert 0 < step.num_tokens <= self.scheduler.max_step_tokens
+        assert 0 < len(step.rows) <= self.limits.max_step_sequences
+        assert 0 < step.num_tokens <= self.limits.max_step_tokens
         sizes = [row.num_tokens != 1 for row in step.rows]
         assert sizes == sorted(sizes), "rows of one token come first"
         assert len({row.sequence.sequence_id for row in step.rows}) == len(step.rows)
@@ -146,27 +224,70 @@ class SimulatedPipeline(RuleBasedStateMachine):
             assert row.output_position == len(sequence.output_token_ids)
             in_flight = [r for s in self.flying for r in s.rows if r.sequence is sequence]
             assert not any(r.wants_output for r in in_flight), "its next token is not known yet"
-            assert row.start == (in_flight[-1].context_len if in_flight else sequence.num_computed_tokens)
+            came_so_far = in_flight[-1].context_len if in_flight else 0
+            if row.start != max(came_so_far, sequence.num_computed_tokens):
+                assert row.start > came_so_far, "tokens are computed twice"
+                assert row.start % self.block_size == 0, "only full blocks are skipped"
             for flying in self.flying:
                 for other in flying.rows:
                     if other.sequence is not sequence:
-                        assert not set(row.block_table) & set(other.block_table), "reused while in flight"
+                        self.check_shared(row, other)
+
+    def check_shared(self, row: ScheduledRow, other: ScheduledRow) -> None:
+        """Two rows in flight share only full blocks of the same tokens that neither of them writes."""
+        if not set(row.block_table) & set(other.block_table):
+            return
+        for index, (block, its) in enumerate(zip(row.block_table, other.block_table, strict=False)):
+            if block == its:
+                end = (index + 1) * self.block_size
+                assert end <= row.start, "a shared block is written"
+                assert end <= other.start, "a shared block is written"
+                assert contents(row.sequence, end) == contents(other.sequence, end)
+                assert self.limits.prefix_caching
+                assert row.sequence.use_prefix_cache
+        aligned = sum(a == b for a, b in zip(row.block_table, other.block_table, strict=False))
+        assert aligned == len(set(row.block_table) & set(other.block_table)), "reused while in flight"
 
     def check_admission_order(self, step: MicroBatch) -> None:
+        """By priority; those that ran before the others; those of one tenant in the order they came."""
         admitted = {row.sequence.sequence_id for row in step.rows} & self.waiting_ids
         for early in admitted:
             for late in self.waiting_ids - admitted:
                 first, second = self.live[early], self.live[late]
-                assert (-first.priority, first.arrival) < (-second.priority, second.arrival)
+                if first.run_alone or second.request_key is not None:  # ahead of all; passed over for its share
+                    continue
+                if self.is_being_computed(second, step):
+                    continue
+                assert first.priority >= second.priority
+                if first.priority == second.priority:
+                    assert early in self.ran_before or late not in self.ran_before
+                    if (early in self.ran_before) == (late in self.ran_before) and first.tenant == second.tenant:
+                        assert first.arrival < second.arrival
+
+    def is_being_computed(self, sequence: Sequence, step: MicroBatch) -> bool:
+        """Whether a prompt in flight begins with the same block, which is worth waiting for."""
+        end = self.block_size
+        if not self.limits.prefix_caching or not sequence.use_prefix_cache or sequence.num_tokens <= end:
+            return False
+        prompts = [row.sequence for other in [*self.flying, step] for row in other.rows if row.is_prefill]
+        return any(one.num_tokens >= end and contents(one, end) == contents(sequence, end) for one in prompts)
+
+    def check_alone(self, step: MicroBatch) -> None:
+        alone = {id_ for id_, sequence in self.live.items() if sequence.run_alone}
+        out = {row.sequence.sequence_id for other in [*self.flying, step] for row in other.rows}
+        if alone:
+            assert len(out) == 1, "something else is in flight"
+            assert out <= alone or self.sequences[next(iter(out))].priority == PROBE_PRIORITY
 
     @precondition(lambda self: self.flying)
-    @rule(stops=st.integers(0, 9))
-    def receive(self, stops: int) -> None:
+    @rule(stops=st.integers(0, 9), seconds=st.floats(0, 1))
+    def receive(self, stops: int, seconds: float = 0.1) -> None:
         step = self.flying.popleft()
         self.last_stage.execute(step)
         rows = [row for row in step.rows if row.wants_output and row.sequence.sequence_id in self.live]
         tokens = {row.sequence.sequence_id: next_token(row.sequence.sequence_id, row.context_len) for row in rows}
-        self.scheduler.complete(step.step_id, tokens)
+        timing = StepTiming(slowest_stage_s=seconds, overhead_s=(step.step_id % 7) / 10)
+        self.scheduler.complete(step.step_id, tokens, timing=timing)
         for row in rows:
             sequence = row.sequence
             assert sequence.num_tokens == row.context_len + 1
@@ -179,6 +300,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
 
     def end(self, sequence_id: int) -> None:
         sequence = self.live.pop(sequence_id)
+        self.num_cached_tokens += sequence.num_cached_prompt_tokens
         self.waiting_ids.discard(sequence_id)
         assert sequence.finished
         num_prompt = len(sequence.prompt_token_ids)
@@ -220,7 +342,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
     @invariant()
     def holds(self) -> None:
         if hasattr(self, "scheduler"):
-            self.scheduler.check_integrity()
+            check_integrity(self.scheduler)
             assert self.scheduler.num_in_flight == len(self.flying)
             assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.live)
 
@@ -236,11 +358,11 @@ class SimulatedPipeline(RuleBasedStateMachine):
             self.send()
             if self.last_step_id == sent and self.flying:
                 self.receive(stops=1)
-            self.scheduler.check_integrity()
+            check_integrity(self.scheduler)
         assert not self.live, "sequences that never end"
         while self.flying:
             self.receive(stops=1)
-        self.scheduler.check_integrity()
+        check_integrity(self.scheduler)
         assert self.scheduler.num_free_blocks == self.num_blocks, "a block is lost"
 
 
@@ -250,8 +372,8 @@ SimulatedPipeline.TestCase.settings = settings(
 TestSimulatedPipeline = SimulatedPipeline.TestCase
 
 
-def run_workload(seed: int) -> int:
-    """A long, busy run, deeper than what hypothesis explores. Returns the number of preemptions."""
+def run_workload(seed: int) -> tuple[int, int]:
+    """A long, busy run, deeper than what hypothesis explores. Returns preemptions and cached prompt tokens."""
     rng = random.Random(seed)
     pipeline = SimulatedPipeline()
     num_blocks = rng.randint(6, 24)
@@ -261,30 +383,44 @@ def run_workload(seed: int) -> int:
         max_step_tokens=rng.choice([1, 7, 24, 100]),
         max_step_sequences=rng.choice([1, 3, 8]),
         max_in_flight=rng.randint(1, 5),
+        num_stages=rng.randint(1, 4),
         min_prefill_tokens=rng.randint(1, 8),
+        max_request_kv_fraction=rng.choice([0.3, 0.5, 1.0]),
+        prefix_caching=rng.random() < 0.8,
     )
     may_disturb = rng.random() < 0.5
     for _ in range(300):
         action = rng.random()
         if action < 0.15:
-            priority = rng.choice([0, 0, 0, 1, -1])
-            pipeline.add(rng.randint(1, 12), rng.choice([0, 0, 3]), rng.randint(1, 25), priority)
+            pipeline.add(
+                num_prompt=rng.randint(1, 12),
+                num_resumed=rng.choice([0, 0, 3]),
+                max_tokens=rng.randint(1, 25),
+                priority=rng.choice([0, 0, 0, 1, -1]),
+                prefix=rng.randrange(2),
+                differs_from=rng.choice([0, 5, 12]),
+                who=rng.choice(["", "", "", "tenant", "salt", "no cache"]),
+                request_key=rng.choice([None, None, 1, 2]),
+            )
         elif action < 0.6:
             pipeline.send()
         elif action < 0.96 and pipeline.flying:
-            pipeline.receive(stops=rng.randint(0, 60))
+            pipeline.receive(stops=rng.randint(0, 60), seconds=rng.random())
         elif may_disturb and action > 0.985 and pipeline.live:
             pipeline.cancel(pick=rng.randrange(100))
         elif may_disturb and action > 0.97 and pipeline.flying:
             pipeline.fail()
         elif may_disturb and action > 0.966:
             pipeline.reset(num_blocks=rng.randint(6, 24))
+        elif may_disturb and action > 0.963 and pipeline.live:
+            pipeline.run_alone(pick=rng.randrange(100))
         pipeline.holds()
     pipeline.teardown()
-    return pipeline.scheduler.num_preemptions
+    return pipeline.scheduler.num_preemptions, pipeline.num_cached_tokens
 
 
 @pytest.mark.parametrize("first_seed", [0, 100, 200])
 def test_every_request_of_long_random_workloads_ends(first_seed: int) -> None:
-    num_preemptions = [run_workload(seed) for seed in range(first_seed, first_seed + 100)]
-    assert sum(count > 0 for count in num_preemptions) > 20, "the workloads do not fill the cache"
+    runs = [run_workload(seed) for seed in range(first_seed, first_seed + 100)]
+    assert sum(num_preemptions > 0 for num_preemptions, _ in runs) > 20, "the workloads do not fill the cache"
+    assert sum(num_cached_tokens > 0 for _, num_cached_tokens in runs) > 40, "the workloads share no prefixes"

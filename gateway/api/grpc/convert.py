@@ -104,11 +104,13 @@ def choice_delta(delta: ChoiceDelta, tokenizer: Tokenizer) -> gen.ChoiceDelta:
     )
 
 
-def usage(accepted: Accepted, completion_tokens: int) -> gen.Usage:
-    """The count of an answer's tokens; those that a resume brought along were generated too."""
+def usage(accepted: Accepted, completion_tokens: int, cached_prompt_tokens: int) -> gen.Usage:
+    """The count of an answer's tokens; those that a resume brought along were generated too. Of the prompt's, those count
+    as cached that no choice had to compute."""
     return gen.Usage(
         prompt_tokens=len(accepted.request.prompt_token_ids),
         completion_tokens=completion_tokens + len(accepted.request.resume_token_ids),
+        cached_prompt_tokens=cached_prompt_tokens,
     )
 
 

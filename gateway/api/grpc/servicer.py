@@ -29,7 +29,11 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return pb.GenerateResponse(
             start=convert.start(accepted, frontend.model),
             choices=[convert.choice_delta(choice, frontend.tokenizer) for choice in choices],
-            usage=convert.usage(accepted, sum(len(choice.token_ids) for choice in choices)),
+            usage=convert.usage(
+                accepted,
+                sum(len(choice.token_ids) for choice in choices),
+                min(choice.cached_prompt_tokens for choice in choices),
+            ),
         )
 
     async def StreamGenerate(
@@ -39,12 +43,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         frontend = self._frontend
         accepted = await frontend.accept(convert.raw_request(request.generation, _deadline_s(context)))
         yield pb.StreamGenerateResponse(start=convert.start(accepted, frontend.model))
-        completion_tokens = 0
+        completion_tokens, cached_tokens = 0, len(accepted.request.prompt_token_ids)
         async with aclosing(frontend.stream(accepted)) as deltas:
             async for delta in deltas:
                 completion_tokens += len(delta.token_ids)
+                cached_tokens = min(cached_tokens, delta.cached_prompt_tokens)
                 yield pb.StreamGenerateResponse(choices=[convert.choice_delta(delta, frontend.tokenizer)])
-        yield pb.StreamGenerateResponse(usage=convert.usage(accepted, completion_tokens))
+        yield pb.StreamGenerateResponse(usage=convert.usage(accepted, completion_tokens, cached_tokens))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids of text or of a rendered conversation."""

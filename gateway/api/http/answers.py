@@ -23,10 +23,14 @@ class AnswerWriter:
         self._skip_special_tokens = accepted[0].request.sampling.skip_special_tokens
         self._prompt_tokens = sum(len(one.request.prompt_token_ids) for one in accepted)
         self._completion_tokens = 0
+        self._num_choices = accepted[0].request.num_choices
+        # Of each prompt, the tokens that no choice had to compute.
+        self._cached_tokens = [len(one.request.prompt_token_ids) for one in accepted]
 
     def chunk(self, delta: ChoiceDelta, index: int, *, with_usage: bool) -> dict[str, Any] | None:
         """One streamed object; None where there is nothing to say yet. `index`: the choice's, over all prompts."""
         self._completion_tokens += len(delta.token_ids)
+        self._count_cached(delta, index)
         choice = self._chunk_choice(delta, index)
         if choice is None:
             return None
@@ -40,6 +44,8 @@ class AnswerWriter:
     def whole(self, choices: Sequence[ChoiceDelta]) -> dict[str, Any]:
         """The answer in one piece; a choice's index is its place."""
         self._completion_tokens = sum(len(choice.token_ids) for choice in choices)
+        for index, choice in enumerate(choices):
+            self._count_cached(choice, index)
         written = [self._whole_choice(choice, index) for index, choice in enumerate(choices)]
         return {**self._envelope(self.whole_object, written), "usage": self._usage()}
 
@@ -55,12 +61,17 @@ class AnswerWriter:
             "choices": choices,
         }
 
-    def _usage(self) -> dict[str, int]:
+    def _count_cached(self, delta: ChoiceDelta, index: int) -> None:
+        place = index // self._num_choices
+        self._cached_tokens[place] = min(self._cached_tokens[place], delta.cached_prompt_tokens)
+
+    def _usage(self) -> dict[str, Any]:
         total = self._prompt_tokens + self._completion_tokens
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
         }
 
     def _chunk_choice(self, delta: ChoiceDelta, index: int) -> dict[str, Any] | None:

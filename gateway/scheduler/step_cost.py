@@ -1,0 +1,97 @@
+"""What steps cost, learned from how long they took. Pure: durations come in as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RECENT = 0.1  # weight of the newest decode step
+OUTLIER = (
+    1.5  # a decode step counts as at most so many times the average: one that was held up says nothing of its cost
+)
+MEMORY = 0.95  # what remains of older prefill chunks after a newer one
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """One step that came back. `slowest_stage_s`: the longest that any stage computed on it. `overhead_s`: the part of its
+    time from the scheduler to the scheduler in which no stage held it (hops and gateway)."""
+
+    slowest_stage_s: float
+    overhead_s: float
+
+
+class StepCosts:
+    """Seconds of the slowest stage, by what a step carried.
+
+    Steps without prefill are averaged by number of rows (two significant bits beside the first), so that nothing is forgotten while other
+    sizes run. What a step with prefill took beyond its decode rows is explained as tokens · (a + b · context), fitted by
+    least squares over recent chunks: large chunks weigh more than small ones, attention grows with the context.
+    """
+
+    def __init__(self) -> None:
+        self.overhead_s: float | None = None
+        self._decode_s: dict[int, float] = {}
+        # Sums for the normal equations of seconds = a·tokens + b·pairs.
+        self._tokens_tokens = self._tokens_pairs = self._pairs_pairs = self._tokens_s = self._pairs_s = 0.0
+
+    def observe(self, timing: StepTiming, *, num_decodes: int, prefill_tokens: int, prefill_pairs: int) -> None:
+        """Learn from one step; `prefill_pairs` is the sum over prefill rows of tokens · mean context."""
+        old = self.overhead_s
+        self.overhead_s = timing.overhead_s if old is None else old + RECENT * (timing.overhead_s - old)
+        if prefill_tokens == 0:
+            size = _size(num_decodes)
+            known = self._decode_s.get(size, timing.slowest_stage_s)
+            self._decode_s[size] = known + RECENT * (min(timing.slowest_stage_s, OUTLIER * known) - known)
+            return
+        seconds = max(0.0, timing.slowest_stage_s - (self.decode_s(num_decodes) or 0.0 if num_decodes else 0.0))
+        self._tokens_tokens = MEMORY * self._tokens_tokens + prefill_tokens**2
+        self._tokens_pairs = MEMORY * self._tokens_pairs + prefill_tokens * prefill_pairs
+        self._pairs_pairs = MEMORY * self._pairs_pairs + prefill_pairs**2
+        self._tokens_s = MEMORY * self._tokens_s + prefill_tokens * seconds
+        self._pairs_s = MEMORY * self._pairs_s + prefill_pairs * seconds
+
+    def decode_s(self, num_rows: int) -> float | None:
+        """A step of so many decode rows; None before any was measured."""
+        if not self._decode_s:
+            return None
+        nearest = min(self._decode_s, key=lambda known: abs(known - num_rows))
+        return self._decode_s[nearest]
+
+    @property
+    def fixed_s(self) -> float | None:
+        """What a step costs however few rows it has."""
+        return min(self._decode_s.values(), default=None)
+
+    def prefill_token_s(self, context_tokens: int) -> float | None:
+        """One more prefill token at this context; None before any was measured."""
+        if not self._tokens_tokens:
+            return None
+        base, slope = self._fit()
+        return base + slope * context_tokens
+
+    def most_prefill_tokens(self, *, num_decodes: int, slowdown: float, context_tokens: int) -> int | None:
+        """Prefill tokens at this context that make a step of `num_decodes` rows `slowdown` times as long."""
+        alone_s, token_s = self.decode_s(max(1, num_decodes)), self.prefill_token_s(context_tokens)
+        if alone_s is None or not token_s:
+            return None
+        return int((slowdown - 1) * alone_s / token_s)
+
+    def _fit(self) -> tuple[float, float]:
+        """(a, b), neither negative: where one would be, the other explains all."""
+        xx, xy, yy, xs, ys = (
+            self._tokens_tokens, self._tokens_pairs, self._pairs_pairs, self._tokens_s, self._pairs_s,
+        )  # fmt: skip
+        determinant = xx * yy - xy * xy
+        if determinant > 1e-6 * xx * yy:  # else all chunks had about the same context: the two cannot be told apart
+            base, slope = (xs * yy - ys * xy) / determinant, (ys * xx - xs * xy) / determinant
+            if base >= 0 and slope >= 0:
+                return base, slope
+            if base < 0:
+                return 0.0, ys / yy
+        return xs / xx, 0.0
+
+
+def _size(num_rows: int) -> int:
+    """The number with all but its three leading bits cleared."""
+    shift = max(0, num_rows.bit_length() - 3)
+    return num_rows >> shift << shift
