@@ -23,7 +23,10 @@ NUM_BLOCKS = 128
 class Chain:
     """Stages over `cuts`; sequences take their blocks scattered over the cache, so block tables matter."""
 
-    def __init__(self, folder: Path, cuts: Sequence[int], *, dtype=torch.float32, batch_invariant=False) -> None:
+    def __init__(
+        self, folder: Path | str, cuts: Sequence[int], *, dtype=torch.float32, batch_invariant=False,
+        num_blocks: int = NUM_BLOCKS,
+    ) -> None:  # fmt: skip
         checkpoint = open_checkpoint(str(folder))
         self.vocab_size = checkpoint.config.vocab_size
         self.stages = []
@@ -35,11 +38,11 @@ class Chain:
             )  # fmt: skip
             load_weights(checkpoint, layers, runner.model.load_tensor, dtype=dtype)
             assert not runner.model.missing()
-            runner.allocate_kv(NUM_BLOCKS)
+            runner.allocate_kv(num_blocks)
             self.stages.append(runner)
-        self._free = list(np.random.default_rng(0).permutation(NUM_BLOCKS))
+        self._free = list(np.random.default_rng(0).permutation(num_blocks))
         self._tables: dict[int, list[int]] = {}
-        self._steps = 0
+        self._steps, self._num_blocks = 0, num_blocks
 
     def step(self, rows: Sequence[tuple[int, Sequence[int], int]]) -> dict[int, torch.Tensor]:
         """rows of (sequence, new tokens, context length after them) → float32 logits [V] by sequence."""
@@ -57,7 +60,7 @@ class Chain:
         out = None
         for stage in self.stages:
             batch = StepBatch.from_step(
-                step, vocab_size=self.vocab_size, num_blocks=NUM_BLOCKS, block_size_tokens=BLOCK
+                step, vocab_size=self.vocab_size, num_blocks=self._num_blocks, block_size_tokens=BLOCK
             )
             out = stage.execute(batch, out)
         assert out is not None
