@@ -128,6 +128,7 @@ class Gateway:
             max_request_kv_fraction=parsed.scheduler.max_request_kv_fraction,
             prefix_caching=parsed.kv_cache.prefix_caching,
             lease_s=parsed.pipelines.lease_s,
+            stall_timeout_s=parsed.pipelines.stall_timeout_s,
         )
         self._drain_s = parsed.server.drain_timeout_s
         self._engine = Engine(

@@ -74,6 +74,9 @@ class PipelinesSection(_Section):
     """Claims and leases."""
 
     lease_s: float = Field(10.0, gt=0, description="seconds a claim of a stage lasts without a renewal")
+    stall_timeout_s: float = Field(
+        60.0, gt=0, description="seconds without a returned step after which a stage that answers calls counts as hung"
+    )
 
 
 class ServerSection(_Section):

@@ -26,7 +26,11 @@ CUDA_KV_FRACTION = 0.9  # of the memory that is free once the weights are loaded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSpec:
-    """What a stage is, in plain values, so that it can cross process borders."""
+    """What a stage is, in plain values, so that it can cross process borders.
+
+    After `stall_timeout_s` in one step a replica reports itself unhealthy, so that it is replaced; the gateway gives up
+    on it earlier (pipelines.stall_timeout_s).
+    """
 
     model: str
     start_layer: int
@@ -42,6 +46,7 @@ class StageSpec:
     port: int = 0
     revision: str | None = None
     queue_depth_steps: int = 8
+    stall_timeout_s: float = 120.0
 
     def to_dict(self) -> dict[str, Any]:
         """For another process."""
@@ -146,6 +151,8 @@ class StageReplica:
 
     def check_health(self) -> None:
         """Raises InternalError where the stage cannot compute any more."""
+        if self._server is not None and self._server.busy_s() > self.spec.stall_timeout_s:
+            raise InternalError("STAGE_STALLED", f"one step has been running for {self._server.busy_s():.0f} s")
         if self._server is None or self._server.failure is not None:
             raise InternalError(
                 "STAGE_UNHEALTHY", f"the stage stopped computing: {self._server and self._server.failure!r}"

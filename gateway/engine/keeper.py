@@ -109,7 +109,10 @@ class Keeper:
                 continue
             lane.stages = stages
             opened = False
-            pipeline = Pipeline(stages, owner_id=self._owner_id, lease_s=self._settings.lease_s)
+            pipeline = Pipeline(
+                stages, owner_id=self._owner_id, lease_s=self._settings.lease_s,
+                stall_timeout_s=self._settings.stall_timeout_s,
+            )  # fmt: skip
             try:
                 await lane.open(pipeline, self._on_draining)
                 opened = True
@@ -151,6 +154,13 @@ class Keeper:
         if pipeline.cause is None:  # we gave it up ourselves
             return
         progress = await pipeline.progress(ASK_TIMEOUT_S)
+        stalled = pipeline.cause.metadata.get("incarnation") if pipeline.cause.reason == "STAGE_STALLED" else None
+        if stalled is not None:  # it answers calls, but as far as its work goes it is dead
+            progress = [
+                None if stage.incarnation == stalled else answer
+                for stage, answer in zip(pipeline.stages, progress, strict=True)
+            ]
+            self._suspects[stalled] = time.monotonic() + self._settings.stall_timeout_s
         if None in progress:
             lane.on_deaths([None if stage is None else StageProgress(*stage) for stage in progress])
 

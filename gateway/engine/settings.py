@@ -22,6 +22,7 @@ class EngineSettings:
     max_request_kv_fraction: float = 0.5
     prefix_caching: bool = True
     lease_s: float = 10.0
+    stall_timeout_s: float = 60.0
     canary_timeout_s: float = 120.0
     check_integrity: bool = False
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ from stages.server.link import FORWARD, OPTIONS, RESULTS, epoch_metadata
 
 DESCRIBE_TIMEOUT_S = 5.0
 RPC_TIMEOUT_S = 30.0  # a claim waits for the running kernel, a connect for the KV cache
-RELEASE_TIMEOUT_S = 1.0
+RELEASE_TIMEOUT_S = PROGRESS_TIMEOUT_S = 1.0
 
 OnResult = Callable[[pb.StepResult], None]
 OnDraining = Callable[[str], None]
@@ -33,21 +35,23 @@ class Pipeline:
     """A chain of stages under one epoch. After `broken` is set it is of no use any more: close it and open another.
 
     What breaks it, always with the typed `cause`: a call or stream that ends, a link between stages that breaks, a lease
-    that cannot be renewed (lost, or no answer within its length).
+    that cannot be renewed (lost, or no answer within its length), steps that do not come back for `stall_timeout_s`.
     """
 
-    def __init__(self, stages: Chain, *, owner_id: str, lease_s: float) -> None:
+    def __init__(self, stages: Chain, *, owner_id: str, lease_s: float, stall_timeout_s: float = 60.0) -> None:
         self.stages = stages
         self.epoch = 0
         self.num_blocks = self.block_size_tokens = self.max_in_flight = 0
         self.broken = asyncio.Event()
         self.cause: StagelineError | None = None
-        self._owner_id, self._lease_s = owner_id, lease_s
+        self._owner_id, self._lease_s, self._stall_timeout_s = owner_id, lease_s, stall_timeout_s
         self._channels = [grpc.aio.insecure_channel(stage.address, options=OPTIONS) for stage in stages]
         self._stubs = [pb_grpc.StageServiceStub(channel) for channel in self._channels]
         self._granted = [0] * len(stages)  # epoch that each stage granted last
         self._tasks: list[asyncio.Task[None]] = []
         self._outbox: asyncio.Queue[StepFrame] = asyncio.Queue()
+        self._sent: deque[int] = deque()  # steps that have not come back, oldest first
+        self._moved_s = 0.0  # when a step came back, or the first of several was sent; on the monotonic clock
 
     async def open(self, on_result: OnResult, on_draining: OnDraining) -> None:
         """Claim and wire every stage. Raises StagelineError where one refuses or does not answer.
@@ -80,9 +84,13 @@ class Pipeline:
         )
         self._spawn(self._send(forward))
         self._spawn(self._receive(results, on_result))
+        self._spawn(self._watchdog())
 
     def send(self, step: pb.Step) -> None:
         """Queue a step. There are never more than `max_in_flight` queued: the scheduler sees to that."""
+        if not self._sent:
+            self._moved_s = time.monotonic()
+        self._sent.append(step.step_id)
         self._outbox.put_nowait(StepFrame(self.epoch, step.step_id, step.SerializeToString()))
 
     async def progress(self, timeout_s: float) -> list[tuple[int, int] | None]:
@@ -181,8 +189,26 @@ class Pipeline:
 
     async def _receive(self, call: grpc.aio.UnaryStreamCall[bytes, bytes], on_result: OnResult) -> None:
         async for message in call:
-            on_result(pb.StepResult.FromString(message))
+            result = pb.StepResult.FromString(message)
+            self._sent.popleft()
+            self._moved_s = time.monotonic()
+            on_result(result)
         raise UnavailableError("RESULTS_ENDED", "the last stage ended its results")
+
+    async def _watchdog(self) -> None:
+        """A stage can hang in a kernel and still answer calls: what counts is that steps come back."""
+        while not self._sent or time.monotonic() < self._moved_s + self._stall_timeout_s:  # noqa: ASYNC110
+            await asyncio.sleep(self._stall_timeout_s / 8)
+        oldest = self._sent[0]
+        progress = await self.progress(PROGRESS_TIMEOUT_S)
+        # The step hangs in the first stage that has not executed it.
+        place = next((i for i, stage in enumerate(progress) if stage is None or stage[0] < oldest), len(progress) - 1)
+        stage = self.stages[place]
+        raise UnavailableError(
+            "STAGE_STALLED",
+            f"no step came back for {self._stall_timeout_s:g} s: the stage at {stage.address} does not get past step {oldest}",
+            address=stage.address, incarnation=stage.incarnation, step_id=oldest,
+        )  # fmt: skip
 
     async def _renew(self) -> None:
         while True:

@@ -31,6 +31,7 @@ class Epoch:
     def __init__(self, number: int, executor: StageExecutor, compute: Executor, depth_steps: int) -> None:
         self.number = number
         self.executed_step = self.running_step = 0
+        self.running_since_s: float | None = None  # on the monotonic clock; None while idle
         self.watchers: set[asyncio.Queue[pb.WatchResponse]] = set()
         self._executor, self._compute = executor, compute
         self._inbox: asyncio.Queue[tuple[StepFrame, int]] = asyncio.Queue(depth_steps)
@@ -119,11 +120,11 @@ class Epoch:
 
     def _execute(self, frame: StepFrame, received_ns: int) -> StepFrame:
         """On the compute thread: the count is right even where the epoch ends while the kernel runs."""
-        self.running_step = frame.step_id
+        self.running_step, self.running_since_s = frame.step_id, time.monotonic()
         try:
             return self._executor.execute(frame, received_ns)
         finally:
-            self.running_step, self.executed_step = 0, frame.step_id
+            self.running_step, self.running_since_s, self.executed_step = 0, None, frame.step_id
 
     async def _send_loop(self) -> None:
         while True:

@@ -97,6 +97,11 @@ class StageServer(pb_grpc.StageServiceServicer):
             await self._server.stop(grace=0.2)
         await asyncio.to_thread(self._compute.shutdown)
 
+    def busy_s(self) -> float:
+        """How long the running kernel has been running, also where its epoch is over; 0 while idle."""
+        since_s = self._wired.running_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
     @property
     def _is_last(self) -> bool:
         return self._executor.runner.model.is_last
