@@ -160,7 +160,6 @@ class Keeper:
                 None if stage.incarnation == stalled else answer
                 for stage, answer in zip(pipeline.stages, progress, strict=True)
             ]
-            self._suspects[stalled] = time.monotonic() + self._settings.stall_timeout_s
         if None in progress:
             lane.on_deaths([None if stage is None else StageProgress(*stage) for stage in progress])
 
@@ -220,6 +219,7 @@ class Keeper:
                 or answer.incarnation != stage.incarnation
                 or answer.state == pb.STAGE_STATE_DRAINING
                 or answer.owner_id not in ("", self._owner_id)
+                or answer.busy_s > min(SUSPECT_S, self._settings.stall_timeout_s)
             ):
                 until_s = time.monotonic() + SUSPECT_S
                 self._suspects[stage.incarnation] = max(until_s, self._suspects.get(stage.incarnation, 0.0))

@@ -129,6 +129,11 @@ class Pipeline:
                     "STAGE_REPLACED", f"another replica than the one that was announced answers at {record.address}",
                     address=record.address,
                 )  # fmt: skip
+            if answer.busy_s > self._stall_timeout_s:  # a claim would wait for its kernel
+                raise UnavailableError(
+                    "STAGE_STALLED", f"the stage at {record.address} has been in one kernel for {answer.busy_s:.0f} s",
+                    address=record.address,
+                )  # fmt: skip
             if (answer.dtype, answer.block_size_tokens, answer.batch_invariant) != expected:
                 raise UnavailableError(
                     "STAGES_DIFFER", f"the stage at {record.address} does not fit the one at {self.stages[0].address}: "

@@ -127,6 +127,7 @@ class StageServer(pb_grpc.StageServiceServicer):
             pid=os.getpid(),
             attention_backend=runner.attention_report,
             batch_invariant=runner.model.batch_invariant,
+            busy_s=self.busy_s(),
         )
 
     async def Claim(self, request: pb.ClaimRequest, context: Any) -> pb.ClaimResponse:

@@ -134,6 +134,7 @@ class DescribeResponse(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     ATTENTION_BACKEND_FIELD_NUMBER: _builtins.int
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     """Identifies this process of the replica: a restart has another incarnation."""
     fingerprint: _builtins.str
@@ -168,6 +169,8 @@ class DescribeResponse(_message.Message):
     """Attention backend in use and the outcome of its self-check, for people."""
     batch_invariant: _builtins.bool
     """Whether products and attention are computed in fixed chunks, so that a row's bits do not depend on its neighbours."""
+    busy_s: _builtins.float
+    """Seconds the running kernel has been running, also where its epoch is over; 0 while idle. A claim waits for it."""
     def __init__(
         self,
         *,
@@ -188,10 +191,11 @@ class DescribeResponse(_message.Message):
         pid: _builtins.int = ...,
         attention_backend: _builtins.str = ...,
         batch_invariant: _builtins.bool = ...,
+        busy_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "dtype", b"dtype", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "incarnation", b"incarnation", "kv_capacity_blocks", b"kv_capacity_blocks", "num_layers", b"num_layers", "owner_id", b"owner_id", "pid", b"pid", "queue_depth_steps", b"queue_depth_steps", "start_layer", b"start_layer", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "busy_s", b"busy_s", "dtype", b"dtype", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "incarnation", b"incarnation", "kv_capacity_blocks", b"kv_capacity_blocks", "num_layers", b"num_layers", "owner_id", b"owner_id", "pid", b"pid", "queue_depth_steps", b"queue_depth_steps", "start_layer", b"start_layer", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
