@@ -27,7 +27,9 @@ class StageRunner:
         device: torch.device,
         batch_invariant: bool = False,
         block_size_tokens: int = 16,
+        packed_weights: bool = True,
     ) -> None:
+        """`packed_weights=False` keeps weights in the checkpoint's layout: the slow twin of the CPU's packed products."""
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
         self.block_size_tokens = block_size_tokens
         attention = make_attention(
@@ -49,7 +51,13 @@ class StageRunner:
                 attention = PortableAttention()
                 self.attention_report += "; using the portable backend"
         self.model = Qwen2Stage(
-            config, layers, dtype=dtype, device=device, attention=attention, batch_invariant=batch_invariant
+            config,
+            layers,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            batch_invariant=batch_invariant,
+            packed_weights=packed_weights,
         )
         self._kv: KVCache | None = None
 
