@@ -84,6 +84,10 @@ class StageRunner:
         """KV blocks allocated; 0 before `allocate_kv`."""
         return self._kv.num_blocks if self._kv is not None else 0
 
+    def report(self) -> str:
+        """How this stage computes, and what was refused on this machine: attention, and the products loaded so far."""
+        return f"attention: {self.attention_report}; {self.model.products.report()}"
+
     @torch.inference_mode()
     def execute(self, batch: StepBatch, hidden_TD: Tensor | None) -> Tensor:
         """Run the layers. Token ids come from the batch on the first stage, `hidden_TD` [T, D] on the others.
