@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +19,8 @@ from stages.partition import LayerRange
 from stages.runner import StageRunner
 from stages.server.server import Listener, StageServer
 from stages.weights import load_weights
+
+_LOG = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_CPU_KV_BYTES = 1 << 30
@@ -127,6 +130,7 @@ class StageReplica:
             raise InternalError(
                 "WEIGHTS_MISSING", f"layers {layers}: tensors were not loaded: {', '.join(sorted(missing))}"
             )
+        _LOG.info("layers %s: %s", layers, runner.report())
         return StageExecutor(runner), checkpoint.fingerprint, self._kv_blocks(runner)
 
     def _kv_blocks(self, runner: StageRunner) -> int:

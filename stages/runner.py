@@ -27,7 +27,9 @@ class StageRunner:
         device: torch.device,
         batch_invariant: bool = False,
         block_size_tokens: int = 16,
+        packed_weights: bool = True,
     ) -> None:
+        """`packed_weights=False` keeps weights in the checkpoint's layout: the slow twin of the CPU's packed products."""
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
         self.block_size_tokens = block_size_tokens
         attention = make_attention(
@@ -49,7 +51,13 @@ class StageRunner:
                 attention = PortableAttention()
                 self.attention_report += "; using the portable backend"
         self.model = Qwen2Stage(
-            config, layers, dtype=dtype, device=device, attention=attention, batch_invariant=batch_invariant
+            config,
+            layers,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            batch_invariant=batch_invariant,
+            packed_weights=packed_weights,
         )
         self._kv: KVCache | None = None
 
@@ -75,6 +83,10 @@ class StageRunner:
     def num_blocks(self) -> int:
         """KV blocks allocated; 0 before `allocate_kv`."""
         return self._kv.num_blocks if self._kv is not None else 0
+
+    def report(self) -> str:
+        """How this stage computes, and what was refused on this machine: attention, and the products loaded so far."""
+        return f"attention: {self.attention_report}; {self.model.products.report()}"
 
     @torch.inference_mode()
     def execute(self, batch: StepBatch, hidden_TD: Tensor | None) -> Tensor:

@@ -24,17 +24,16 @@ class Chain:
     """Stages over `cuts`; sequences take their blocks scattered over the cache, so block tables matter."""
 
     def __init__(
-        self, folder: Path | str, cuts: Sequence[int], *, dtype=torch.float32, batch_invariant=False,
-        num_blocks: int = NUM_BLOCKS,
-    ) -> None:  # fmt: skip
+        self, folder: Path | str, cuts: Sequence[int], *, dtype=torch.float32, num_blocks: int = NUM_BLOCKS, **options
+    ) -> None:
+        """`options` are StageRunner's."""
         checkpoint = open_checkpoint(str(folder))
         self.vocab_size = checkpoint.config.vocab_size
         self.stages = []
         for start, end in itertools.pairwise(cuts):
             layers = LayerRange(start, end)
             runner = StageRunner(
-                checkpoint.config, layers, dtype=dtype, device=torch.device("cpu"), batch_invariant=batch_invariant,
-                block_size_tokens=BLOCK,
+                checkpoint.config, layers, dtype=dtype, device=torch.device("cpu"), block_size_tokens=BLOCK, **options,
             )  # fmt: skip
             load_weights(checkpoint, layers, runner.model.load_tensor, dtype=dtype)
             assert not runner.model.missing()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class AttentionContext:
     block_tables_RM: Tensor  # int32 [R, M]
     positions_T: Tensor  # int64 [T]
     slots_T: Tensor  # int64 [T]
+    # What a backend worked out for this step and uses again in every layer.
+    per_step: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def from_batch(cls, batch: StepBatch, device: torch.device) -> AttentionContext:

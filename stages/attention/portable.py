@@ -1,6 +1,12 @@
-"""Attention with torch's scaled_dot_product_attention: runs everywhere, the oracle of every faster backend."""
+"""Attention with torch's scaled_dot_product_attention: runs everywhere, the oracle of every faster backend.
+
+What depends on the batch but not on the layer (which rows go together, their blocks, masks) is worked out once a step.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +17,10 @@ from stages.attention.base import AttentionContext, visible
 # Slices are `narrow`, `split` and `index_select` rather than brackets throughout: a build of torch without CUDA cannot
 # index a fake CUDA tensor, and this code is checked at full size on fake devices.
 
+# Decode rows share a padded call while padding stays below a quarter of their blocks, or this many blocks: a call costs
+# about as much as attending to that many.
+PADDING_BLOCKS = 64
+
 
 def gather(cache_BSKH: Tensor, tables: Tensor, length: int) -> Tensor:
     """The first `length` positions of each block table: int32 tables [..., M] → [..., length, K, H]."""
@@ -20,8 +30,38 @@ def gather(cache_BSKH: Tensor, tables: Tensor, length: int) -> Tensor:
     return blocks.view(*tables.shape[:-1], -1, *cache_BSKH.shape[2:]).narrow(-3, 0, length)
 
 
+def together(num_blocks: Sequence[int], padding_blocks: int) -> list[list[int]]:
+    """Groups of decode rows that are padded to one length, given the KV blocks each reads; every row is in one group.
+
+    A group is in ascending order; if one holds all rows, nothing needs to be reordered.
+    """
+    groups: list[list[int]] = []
+    used = longest = 0
+    for row in sorted(range(len(num_blocks)), key=lambda row: (-num_blocks[row], row)):
+        blocks = num_blocks[row]
+        if groups:
+            padding = longest * (len(groups[-1]) + 1) - (used + blocks)
+            if padding <= max(padding_blocks, (used + blocks) // 4):
+                groups[-1].append(row)
+                used += blocks
+                continue
+        groups.append([row])
+        used = longest = blocks
+    return [sorted(group) for group in groups]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Decode rows of one padded call: P rows, X blocks each, L = X · S positions."""
+
+    rows_P: Tensor | None  # int64; None where the group is all the decode rows
+    blocks_PX: Tensor  # int32 [P · X], of the cache
+    num_rows: int
+    mask_P11L: Tensor  # 0 where the row sees the position, else -inf; in the queries' dtype
+
+
 class PortableAttention:
-    """Decode rows in one padded call, prefill rows one by one."""
+    """Decode rows in few padded calls, prefill rows one by one."""
 
     name = "portable"
 
@@ -36,35 +76,94 @@ class PortableAttention:
             table_M = context.block_tables_RM.select(0, row)
             length = context.context_lens[row]
             k_LKH, v_LKH = gather(keys_BSKH, table_M, length), gather(values_BSKH, table_M, length)
-            parts.append(self._prefill(q_QNH, k_LKH, v_LKH, window))
-        return torch.cat(parts)
+            mask_QL = self._prefill_mask(context, row, window, q_TNH)
+            parts.append(self._prefill(q_QNH, k_LKH, v_LKH, mask_QL))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(
         self, q_RNH: Tensor, keys_BSKH: Tensor, values_BSKH: Tensor, context: AttentionContext, window: int | None
     ) -> Tensor:
         num_rows, num_heads, head_dim = q_RNH.shape
         num_kv_heads = keys_BSKH.shape[2]
-        longest = max(context.context_lens[:num_rows])
-        tables_RM = context.block_tables_RM.narrow(0, 0, num_rows)
-        k_RKLH = gather(keys_BSKH, tables_RM, longest).transpose(1, 2)
-        v_RKLH = gather(values_BSKH, tables_RM, longest).transpose(1, 2)
-        lengths_R1 = context.context_lens_R.narrow(0, 0, num_rows).unsqueeze(1)
-        positions_L = torch.arange(longest, device=q_RNH.device)
-        mask_RL = positions_L < lengths_R1
-        if window is not None:
-            mask_RL &= positions_L >= lengths_R1 - window
         # The query heads of a KV head become rows of one product: far cheaper than repeating keys and values.
-        q_RKGH = q_RNH.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        mask_R11L = mask_RL.unsqueeze(1).unsqueeze(1)
-        out_RKGH = F.scaled_dot_product_attention(q_RKGH, k_RKLH, v_RKLH, attn_mask=mask_R11L)
+        q_RKGH = q_RNH.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        groups = self._decode_groups(context, window, keys_BSKH.shape[1], q_RNH)
+        out_RKGH = torch.empty_like(q_RKGH) if len(groups) > 1 else q_RKGH
+        for group in groups:
+            q_PKGH = q_RKGH if group.rows_P is None else q_RKGH.index_select(0, group.rows_P)
+            k_PKLH, v_PKLH = (
+                cache.index_select(0, group.blocks_PX).view(group.num_rows, -1, num_kv_heads, head_dim).transpose(1, 2)
+                for cache in (keys_BSKH, values_BSKH)
+            )
+            out_PKGH = F.scaled_dot_product_attention(q_PKGH, k_PKLH, v_PKLH, attn_mask=group.mask_P11L)
+            if group.rows_P is None:
+                out_RKGH = out_PKGH
+            else:
+                out_RKGH.index_copy_(0, group.rows_P, out_PKGH)
         return out_RKGH.reshape(num_rows, num_heads, head_dim)
 
-    def _prefill(self, q_QNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, window: int | None) -> Tensor:
-        num_queries, num_heads, _ = q_QNH.shape
+    def _decode_groups(
+        self, context: AttentionContext, window: int | None, block_size_tokens: int, like: Tensor
+    ) -> list[DecodeGroup]:
+        key = (self.name, "decode", window)
+        if key not in context.per_step:
+            num_rows = context.num_decode_rows
+            lengths = context.context_lens[:num_rows]
+            # Blocks [first, end) of each row's table hold what it sees.
+            ends = [-(-length // block_size_tokens) for length in lengths]
+            firsts = [0 if window is None else max(0, length - window) // block_size_tokens for length in lengths]
+            groups = []
+            rows_in_groups = together([end - first for first, end in zip(firsts, ends, strict=True)], PADDING_BLOCKS)
+            for rows in rows_in_groups:
+                wide = max(ends[row] - firsts[row] for row in rows)
+                # A shorter row reads further blocks of its table, or the table's padding: the mask hides both.
+                tables_PX = torch.stack([self._table(context.block_tables_RM, row, firsts[row], wide) for row in rows])
+                starts_P = torch.tensor([firsts[row] * block_size_tokens for row in rows], device=like.device)
+                ends_P = torch.tensor([lengths[row] for row in rows], device=like.device)
+                positions_PL = starts_P.unsqueeze(1) + torch.arange(wide * block_size_tokens, device=like.device)
+                hidden_PL = positions_PL >= ends_P.unsqueeze(1)
+                if window is not None:
+                    hidden_PL |= positions_PL < ends_P.unsqueeze(1) - window
+                mask_PL = torch.zeros_like(positions_PL, dtype=like.dtype).masked_fill_(hidden_PL, float("-inf"))
+                groups.append(
+                    DecodeGroup(
+                        None if len(rows_in_groups) == 1 else torch.tensor(rows, device=like.device),
+                        tables_PX.flatten(),
+                        len(rows),
+                        mask_PL.unsqueeze(1).unsqueeze(1),
+                    )
+                )
+            context.per_step[key] = groups
+        known: list[DecodeGroup] = context.per_step[key]
+        return known
+
+    def _table(self, block_tables_RM: Tensor, row: int, first: int, wide: int) -> Tensor:
+        table_X = block_tables_RM.select(0, row)
+        table_X = table_X.narrow(0, first, min(wide, table_X.shape[0] - first))
+        return F.pad(table_X, (0, wide - table_X.shape[0]))
+
+    def _prefill_mask(self, context: AttentionContext, row: int, window: int | None, like: Tensor) -> Tensor | None:
+        """Mask [Q, L] in the queries' dtype; None where it is plainly causal: a prompt from its beginning."""
+        num_queries, length = context.query_lens[row], context.context_lens[row]
+        if num_queries == length and (window is None or window >= length):
+            return None
+        key = (self.name, "prefill", window, row)
+        if key not in context.per_step:
+            mask_QL = visible(length - num_queries, num_queries, length, window, like.device)
+            context.per_step[key] = torch.zeros_like(mask_QL, dtype=like.dtype).masked_fill_(
+                mask_QL.logical_not(), float("-inf")
+            )
+        mask: Tensor = context.per_step[key]
+        return mask
+
+    def _prefill(self, q_QNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, mask_QL: Tensor | None) -> Tensor:
+        num_queries, num_heads, head_dim = q_QNH.shape
         length, num_kv_heads, _ = k_LKH.shape
         group = num_heads // num_kv_heads
-        mask_QL = visible(length - num_queries, num_queries, length, window, q_QNH.device)
-        k_1NLH, v_1NLH = (x.transpose(0, 1).repeat_interleave(group, dim=0).unsqueeze(0) for x in (k_LKH, v_LKH))
-        q_1NQH = q_QNH.transpose(0, 1).unsqueeze(0)
-        out_1NQH = F.scaled_dot_product_attention(q_1NQH, k_1NLH, v_1NLH, attn_mask=mask_QL)
-        return out_1NQH.squeeze(0).transpose(0, 1)
+        # KV heads in the batch dimension and their query heads as heads that share one key: a view, nothing is repeated.
+        q_KGQH = q_QNH.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
+        k_KGLH, v_KGLH = (
+            x.transpose(0, 1).unsqueeze(1).expand(num_kv_heads, group, length, head_dim) for x in (k_LKH, v_LKH)
+        )
+        out_KGQH = F.scaled_dot_product_attention(q_KGQH, k_KGLH, v_KGLH, attn_mask=mask_QL, is_causal=mask_QL is None)
+        return out_KGQH.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)

@@ -44,7 +44,7 @@ def self_check(
     oracle, worst = PortableAttention(), 0.0
     generator = torch.Generator().manual_seed(0)
     for name, rows in CASES.items():
-        context, num_blocks = _context(rows, block_size_tokens, device)
+        context, num_blocks = batch_context(rows, block_size_tokens, device)
         shape = (num_blocks, block_size_tokens, num_kv_heads, head_dim)
         keys, values = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
         q_TNH = torch.randn(sum(context.query_lens), num_heads, head_dim, generator=generator).to(device, dtype)
@@ -59,10 +59,13 @@ def self_check(
     return SelfCheck(True, worst, f"{backend.name} agrees with the oracle within {worst:.3g}")
 
 
-def _context(
+def batch_context(
     rows: tuple[tuple[int, int], ...], block_size_tokens: int, device: torch.device
 ) -> tuple[AttentionContext, int]:
-    """Rows over scattered blocks, so that a kernel that ignores the block table is found out."""
+    """The context of rows of (context length, query length), and how many blocks they take.
+
+    Rows lie over scattered blocks, so that a kernel that ignores the block table is found out.
+    """
     lengths = np.array([length for length, _ in rows], dtype=np.int32)
     queries = np.array([count for _, count in rows], dtype=np.int32)
     blocks = -(-lengths // block_size_tokens)

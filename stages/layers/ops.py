@@ -1,4 +1,4 @@
-"""Products, norms, rotary embeddings. Shapes: T tokens, D hidden size, I inputs, O outputs, N heads, H head size.
+"""Row chunks, norms, rotary embeddings. Shapes: T tokens, D hidden size, I inputs, N heads, H head size.
 
 Batch-invariant mode: everything that acts on a token alone runs in chunks of exactly CHUNK_ROWS rows, the last one padded
 with zeros, so that a product always has the same shape and a row's bits cannot depend on how many neighbours it has.
@@ -39,21 +39,6 @@ class RMSNorm(nn.Module):
         x32_TD = x_TD.float()
         variance_T1 = x32_TD.pow(2).mean(-1, keepdim=True)
         return self.weight * (x32_TD * torch.rsqrt(variance_T1 + self.eps)).to(x_TD.dtype)
-
-
-class Linear(nn.Module):
-    """x @ weight.T + bias; several checkpoint matrices may be stacked in one weight."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device), requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(outputs, dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
-
-    def forward(self, x_TI: Tensor) -> Tensor:
-        """[T, I] → [T, O]."""
-        return F.linear(x_TI, self.weight, self.bias)
 
 
 class RotaryEmbedding:

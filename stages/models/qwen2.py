@@ -16,26 +16,30 @@ from stageline.errors import CheckpointError
 from stages.attention.base import AttentionBackend, AttentionContext
 from stages.config import ModelConfig
 from stages.kv_cache import KVCache
-from stages.layers.ops import Linear, RMSNorm, RotaryEmbedding, in_chunks, rotate
+from stages.layers.linear import Linear, ProductChooser
+from stages.layers.ops import RMSNorm, RotaryEmbedding, in_chunks, rotate
 from stages.partition import EMBEDDING, FINAL_NORM, LM_HEAD, LayerRange, tensor_shapes
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP with their norms; Q, K and V are one product, gate and up another."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, chooser: ProductChooser
+    ) -> None:
         super().__init__()
         make: Any = {"dtype": dtype, "device": device}
+        products: Any = {**make, "chooser": chooser}
         self.q_size = config.num_heads * config.head_dim
         self.kv_size = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
         self.input_norm = RMSNorm(hidden, config.rms_norm_eps, **make)
-        self.qkv = Linear(hidden, self.q_size + 2 * self.kv_size, bias=config.qkv_bias, **make)
-        self.o = Linear(self.q_size, hidden, bias=False, **make)
+        self.qkv = Linear(hidden, self.q_size + 2 * self.kv_size, bias=config.qkv_bias, **products)
+        self.o = Linear(self.q_size, hidden, bias=False, **products)
         self.post_norm = RMSNorm(hidden, config.rms_norm_eps, **make)
-        self.gate_up = Linear(hidden, 2 * inner, bias=False, **make)
-        self.down = Linear(inner, hidden, bias=False, **make)
+        self.gate_up = Linear(hidden, 2 * inner, bias=False, gated=True, **products)
+        self.down = Linear(inner, hidden, bias=False, **products)
 
     def project(self, hidden_TD: Tensor) -> Tensor:
         """Queries, keys and values of each token, side by side: [T, (N + 2K)·H]."""
@@ -44,10 +48,9 @@ class DecoderLayer(nn.Module):
 
     def finish(self, hidden_TD: Tensor, attended_TD: Tensor) -> Tensor:
         """Output projection, residual, and the SwiGLU MLP (Shazeer, 2020)."""
-        hidden_TD = hidden_TD + self.o(attended_TD)
-        gate_TF, up_TF = self.gate_up(self.post_norm(hidden_TD)).chunk(2, dim=-1)
-        down_TD: Tensor = self.down(F.silu(gate_TF) * up_TF)
-        return hidden_TD + down_TD
+        hidden_TD = self.o(attended_TD, hidden_TD)
+        out_TD: Tensor = self.down(self.gate_up(self.post_norm(hidden_TD)), hidden_TD)
+        return out_TD
 
 
 class Qwen2Stage(nn.Module):
@@ -62,23 +65,26 @@ class Qwen2Stage(nn.Module):
         device: torch.device,
         attention: AttentionBackend,
         batch_invariant: bool = False,
+        packed_weights: bool = True,
     ) -> None:
+        """`packed_weights=False` multiplies with the checkpoint's layout: the slow twin."""
         super().__init__()
         make: Any = {"dtype": dtype, "device": device}
+        self.products = ProductChooser(packed=packed_weights, batch_invariant=batch_invariant)
         self.config, self.layer_range, self.attention = config, layers, attention
         self.batch_invariant = batch_invariant
         self.is_first, self.is_last = layers.is_first(), layers.is_last(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, **make) for _ in range(len(layers)))
+        self.layers = nn.ModuleList(DecoderLayer(config, chooser=self.products, **make) for _ in range(len(layers)))
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, device=device)
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(vocabulary, **make), requires_grad=False) if self.is_first else None
-        self.lm_head: nn.Parameter | None = None
+        self.lm_head: Linear | None = None
         if self.is_last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **make)
-            shared = self.embedding if config.tie_word_embeddings else None
-            self.lm_head = (
-                shared if shared is not None else nn.Parameter(torch.empty(vocabulary, **make), requires_grad=False)
-            )
+            self.lm_head = Linear(
+                config.hidden_size, config.vocab_size, bias=False, chooser=self.products, **make,
+                shared_weight=self.embedding if config.tie_word_embeddings else None,
+            )  # fmt: skip
         self._expected = tensor_shapes(config, layers)
         self._missing = set(self._expected)
 
@@ -104,7 +110,7 @@ class Qwen2Stage(nn.Module):
         """Final norm and `lm_head` for R rows: float32 logits [R, V]. Last stage only."""
         assert self.lm_head is not None
         head = self.lm_head
-        return self._by_row(lambda x: F.linear(self.norm(x), head).float(), hidden_RD)
+        return self._by_row(lambda x: head(self.norm(x)).float(), hidden_RD)
 
     def _finish(self, layer: DecoderLayer, hidden_TD: Tensor, attended_TD: Tensor) -> Tensor:
         if not self.batch_invariant:
@@ -129,24 +135,32 @@ class Qwen2Stage(nn.Module):
             raise CheckpointError(
                 "TENSOR_SHAPE", f"tensor {name} has shape {tuple(tensor.shape)}, expected {expected}", tensor=name
             )
-        for target in self._targets(name):
-            target.copy_(tensor)
+        for target, owner in self._targets(name):
+            if target is not None:
+                target.copy_(tensor)
+            if owner is not None:
+                owner.rows_loaded(len(tensor))
         self._missing.discard(name)
 
     def missing(self) -> set[str]:
         """Names of checkpoint tensors that were not loaded yet."""
         return set(self._missing)
 
-    def _targets(self, name: str) -> list[Tensor]:
-        """Where a checkpoint tensor goes: slices of the fused weights; a tied embedding may have two places."""
+    def _targets(self, name: str) -> list[tuple[Tensor | None, Linear | None]]:
+        """Where a checkpoint tensor goes (slices of fused weights; a tied embedding is the head too), and whose rows it fills."""
         if name == EMBEDDING:
-            tied_copy = self.lm_head if self.config.tie_word_embeddings and not self.is_first else None
-            return [x.data for x in (self.embedding, tied_copy) if x is not None]
+            targets: list[tuple[Tensor | None, Linear | None]] = []
+            if self.embedding is not None:
+                targets.append((self.embedding.data, None))
+            if self.lm_head is not None and self.config.tie_word_embeddings:
+                shared = self.embedding is not None  # filled already
+                targets.append((None if shared else _plain(self.lm_head), self.lm_head))
+            return targets
         if name == FINAL_NORM:
-            return [self.norm.weight.data]
+            return [(self.norm.weight.data, None)]
         if name == LM_HEAD:
             assert self.lm_head is not None
-            return [self.lm_head.data]
+            return [(_plain(self.lm_head), self.lm_head)]
         _, _, index, rest = name.split(".", 3)
         layer = self.layers[int(index) - self.layer_range.start_layer]
         assert isinstance(layer, DecoderLayer)
@@ -164,4 +178,10 @@ class Qwen2Stage(nn.Module):
             "mlp.down_proj": (layer.down, 0, None),
         }[module]
         parameter: Tensor = getattr(fused, kind).data
-        return [parameter if length is None else parameter[start : start + length]]
+        part = parameter if length is None else parameter[start : start + length]
+        return [(part, fused if kind == "weight" and isinstance(fused, Linear) else None)]
+
+
+def _plain(linear: Linear) -> Tensor:
+    assert linear.weight is not None, "loaded before its last row came"
+    return linear.weight.data

@@ -1,0 +1,135 @@
+"""Weights of a stage: filled from the checkpoint in its own layout, then turned into the form products run in."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stageline.errors import ConfigError
+from stages.layers.products import (
+    GateProduct,
+    PackedGate,
+    PackedProduct,
+    PlainGate,
+    PlainProduct,
+    Product,
+    can_pack,
+)
+from stages.layers.row_independence import rows_are_independent
+
+Form = TypeVar("Form", Product, GateProduct)
+
+
+class ProductChooser:
+    """Decides the form of every weight of a stage, and remembers what it decided and why.
+
+    In batch-invariant mode a form is taken only if rows are independent in it, tried once per shape on this machine.
+    """
+
+    def __init__(self, *, packed: bool, batch_invariant: bool) -> None:
+        """`packed=False` keeps every weight in the checkpoint's layout."""
+        self._packed, self._batch_invariant = packed, batch_invariant
+        self._checked: dict[tuple[type, torch.Size, torch.dtype], bool] = {}
+        self._refused: list[str] = []
+        self._taken: Counter[str] = Counter()
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Product:
+        """The product with one weight. Raises ConfigError where no form is row-independent and it has to be."""
+        forms: list[Callable[[], Product]] = [lambda: PlainProduct(weight_OI, bias_O)]
+        if self._packed and can_pack(weight_OI):
+            forms.insert(0, lambda: PackedProduct(weight_OI, bias_O))
+        return self._choose(forms, weight_OI)
+
+    def gate(self, stacked_GI: Tensor) -> GateProduct:
+        """The gated product with a stacked weight [2F, I]. Raises as `linear` does."""
+        forms: list[Callable[[], GateProduct]] = [lambda: PlainGate(PlainProduct(stacked_GI, None))]
+        if self._packed and can_pack(stacked_GI):
+            forms.insert(0, lambda: PackedGate(stacked_GI))
+        return self._choose(forms, stacked_GI)
+
+    def report(self) -> str:
+        """Which forms were taken, and which were refused."""
+        taken = ", ".join(f"{count} {name}" for name, count in sorted(self._taken.items()))
+        return "; ".join([f"products: {taken}", *self._refused])
+
+    def _choose(self, forms: list[Callable[[], Form]], weight_OI: Tensor) -> Form:
+        for form in forms:
+            product = form()
+            if not self._batch_invariant or self._independent(product, weight_OI):
+                self._taken[product.name] += 1
+                return product
+        raise ConfigError(
+            "BATCH_INVARIANCE_UNAVAILABLE",
+            f"model.batch_invariant: on this machine the bits of a row of a {tuple(weight_OI.shape)} {weight_OI.dtype} "
+            "product depend on the rows beside it; use another dtype or number of threads, or switch the mode off",
+            field="model.batch_invariant",
+        )
+
+    def _independent(self, product: Product | GateProduct, weight_OI: Tensor) -> bool:
+        key = (type(product), weight_OI.shape, weight_OI.dtype)
+        if key not in self._checked:
+            held = rows_are_independent(product, weight_OI.shape[1], weight_OI.dtype)
+            self._checked[key] = held
+            if not held:
+                self._refused.append(
+                    f"the {product.name} product {tuple(weight_OI.shape)} is not row-independent here and is not used"
+                )
+        return self._checked[key]
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias; several checkpoint matrices may be stacked in one weight.
+
+    Once every row of the weight was loaded, the chooser's form of it replaces the plain copy, which is freed: so at
+    most the weights being loaded are held in two forms.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        chooser: ProductChooser,
+        gated: bool = False,
+        shared_weight: nn.Parameter | None = None,
+    ) -> None:
+        """`gated`: the weight is a gate and an up projection, see GateProduct. `shared_weight` is used instead of a new one."""
+        super().__init__()
+        self._chooser, self._gated = chooser, gated
+        self._rows_to_load = outputs
+        self._lock = threading.Lock()
+        self.weight = (
+            nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device), requires_grad=False)
+            if shared_weight is None
+            else shared_weight
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(outputs, dtype=dtype, device=device), requires_grad=False) if bias else None
+        )
+        plain = PlainProduct(self.weight, self.bias)
+        self._product: Callable[..., Tensor] = PlainGate(plain) if gated else plain
+
+    def forward(self, x_TI: Tensor, *residual_TO: Tensor) -> Tensor:
+        """[T, I] → [T, O] (gated: [T, O / 2]), plus a residual where one is given."""
+        return self._product(x_TI, *residual_TO)
+
+    def rows_loaded(self, count: int) -> None:
+        """Tell that `count` more rows of the weight hold their final values."""
+        with self._lock:
+            self._rows_to_load -= count
+            if self._rows_to_load:
+                return
+        assert self.weight is not None
+        weight_OI = self.weight.data
+        self._product = self._chooser.gate(weight_OI) if self._gated else self._chooser.linear(weight_OI, self.bias)
+        self.weight = None  # a plain product keeps its own reference

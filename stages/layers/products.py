@@ -1,0 +1,115 @@
+"""Matrix products with a weight in the form a device multiplies fastest. T tokens, I inputs, O outputs, F feed-forward.
+
+`PlainProduct` and `PlainGate` take the checkpoint's own layout and run everywhere: the slow twin of every other form.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# oneDNN chooses the blocking of a packed weight for this many rows; measured: good from 1 row to 256.
+PACKED_BATCH_HINT = 16
+
+
+class Product(Protocol):
+    """A weight [O, I] and what to do with its product."""
+
+    name: str
+
+    def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias, plus the residual where there is one: [T, I] → [T, O]."""
+        ...
+
+
+class GateProduct(Protocol):
+    """The two weights [F, I] of a SwiGLU (Shazeer, 2020), stacked: gate first, then up."""
+
+    name: str
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """silu(x @ gate.T) * (x @ up.T): [T, I] → [T, F]."""
+        ...
+
+
+class PlainProduct:
+    """F.linear on a weight [O, I]."""
+
+    name = "plain"
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._weight_OI, self._bias_O = weight_OI, bias_O
+
+    def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+        """See Product."""
+        out_TO = F.linear(x_TI, self._weight_OI, self._bias_O)
+        return out_TO if residual_TO is None else residual_TO + out_TO
+
+
+class PlainGate:
+    """One product with the stacked weight [2F, I] of any form, then the activation."""
+
+    def __init__(self, stacked: Product) -> None:
+        self.name = stacked.name
+        self._stacked = stacked
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """See GateProduct."""
+        gate_TF, up_TF = self._stacked(x_TI).chunk(2, dim=-1)
+        return F.silu(gate_TF) * up_TF
+
+
+def can_pack(weight_OI: Tensor) -> bool:
+    """Whether oneDNN packs this weight: bfloat16 on a CPU that has instructions for it."""
+    return (
+        weight_OI.device.type == "cpu"
+        and weight_OI.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def _pack(weight_OI: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), PACKED_BATCH_HINT)
+    return packed
+
+
+class PackedProduct:
+    """A bfloat16 weight in oneDNN's blocked layout; the residual is added before rounding, in the product's float32."""
+
+    name = "packed"
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._packed, self._bias_O = _pack(weight_OI), bias_O
+        self._linear = torch.ops.mkldnn._linear_pointwise.default
+        self._linear_add = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+        """See Product."""
+        out_TO: Tensor
+        if residual_TO is None:
+            out_TO = self._linear(x_TI, self._packed, self._bias_O, "none", [], "")
+        else:
+            out_TO = self._linear_add(x_TI, residual_TO, self._packed, self._bias_O, "add")
+        return out_TO
+
+
+class PackedGate:
+    """Gate and up packed apart, so that oneDNN applies silu and the multiplication while it writes the products."""
+
+    name = "packed"
+
+    def __init__(self, stacked_GI: Tensor) -> None:
+        gate_FI, up_FI = stacked_GI.chunk(2)
+        self._gate, self._up = _pack(gate_FI), _pack(up_FI)
+        self._linear = torch.ops.mkldnn._linear_pointwise.default
+        self._linear_mul = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """See GateProduct."""
+        gate_TF = self._linear(x_TI, self._gate, None, "swish", [1.0], "")  # swish with beta 1 is silu
+        out_TF: Tensor = self._linear_mul(x_TI, gate_TF, self._up, None, "mul")
+        return out_TF

@@ -1,0 +1,161 @@
+"""Packed products against their plain twin; what loading frees; and the check that rows are independent."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from stageline.errors import ConfigError
+from stages.layers import linear as linear_module
+from stages.layers.linear import Linear, ProductChooser
+from stages.layers.ops import CHUNK_ROWS
+from stages.layers.products import PackedGate, PackedProduct, PlainGate, PlainProduct, can_pack
+from stages.layers.row_independence import rows_are_independent
+from tests.stage_chain import Chain
+from tests.tiny import save_tiny, tiny_model
+
+needs_packing = pytest.mark.skipif(
+    not can_pack(torch.empty(1, dtype=torch.bfloat16)), reason="oneDNN has no bfloat16 products on this CPU"
+)
+# (inputs, outputs): the 0.5B's, tiny and odd ones.
+SHAPES = [(896, 1152), (896, 896), (4864, 896), (64, 128), (42, 154), (77, 42), (1, 2)]
+ROWS = [1, 2, 3, 16, 17, 40]
+CPU = torch.device("cpu")
+
+
+def tensors(inputs: int, outputs: int, rows: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(inputs + 31 * outputs + rows)
+    shapes = (outputs, inputs), (outputs,), (rows, inputs), (rows, outputs)
+    weight, bias, x, residual = (torch.randn(shape, generator=generator) for shape in shapes)
+    return tuple(t.bfloat16() for t in (weight * inputs**-0.5, bias, x, residual))
+
+
+def close(got: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within a few roundings of values of up to 4 to bfloat16; a lost bias or a wrong row is off by one or more."""
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), exact, rtol=2**-6, atol=2**-5)
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_packed_products_agree_with_plain_and_with_float32(inputs: int, outputs: int, rows: int) -> None:
+    weight, bias, x, residual = tensors(inputs, outputs, rows)
+    exact = x.float() @ weight.float().T
+    for product in (PackedProduct(weight, bias), PlainProduct(weight, bias)):
+        close(product(x), exact + bias.float())
+        close(product(x, residual), exact + bias.float() + residual.float())
+    close(PackedProduct(weight, None)(x, residual), exact + residual.float())
+    gate, up = exact.chunk(2, dim=-1)
+    for gated in (PackedGate(weight), PlainGate(PlainProduct(weight, None))):
+        close(gated(x), torch.nn.functional.silu(gate) * up)
+
+
+@needs_packing
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_model_agrees_with_its_plain_twin(tied: bool, tmp_path) -> None:
+    folder = save_tiny(tmp_path / "model", tiny_model(tie_word_embeddings=tied))
+    rows = [(i, [(7 * i + 3 * j) % 380 for j in range(length)], length) for i, length in enumerate((1, 1, 9, 30))]
+    for cuts in ([0, 4], [0, 1, 4]):
+        packed = Chain(folder, cuts, dtype=torch.bfloat16)
+        plain = Chain(folder, cuts, dtype=torch.bfloat16, packed_weights=False)
+        exact = Chain(folder, cuts, dtype=torch.float32)
+        assert "packed" in packed.stages[-1].model.products.report()
+        assert "packed" not in plain.stages[-1].model.products.report()
+        logits = [chain.step(rows) for chain in (packed, plain, exact)]
+        for sequence in range(len(rows)):
+            fast, slow, truth = (x[sequence] for x in logits)
+            spread = (slow - truth).norm() / truth.norm()
+            assert (fast - truth).norm() / truth.norm() < 1.5 * spread + 1e-3
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@needs_packing
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_packing_frees_the_plain_weights() -> None:
+    """8 weights of 32 MiB: packed as each is complete, so they are never all there twice."""
+    chooser, size, peak = ProductChooser(packed=True, batch_invariant=False), 4096 * 4096 * 2, 0
+    before = resident_bytes()
+    layers = [Linear(4096, 4096, bias=False, dtype=torch.bfloat16, device=CPU, chooser=chooser) for _ in range(8)]
+    for layer in layers:
+        assert layer.weight is not None
+        for start in (0, 2048):
+            layer.weight.data.narrow(0, start, 2048).fill_(0.5)
+            layer.rows_loaded(2048)
+        assert layer.weight is None
+        peak = max(peak, resident_bytes() - before)
+    assert peak < 10 * size
+    assert resident_bytes() - before < 9 * size
+
+
+def test_a_tied_head_is_packed_beside_the_plain_embedding(tmp_path) -> None:
+    chain = Chain(save_tiny(tmp_path / "m", tiny_model(tie_word_embeddings=True)), [0, 4], dtype=torch.bfloat16)
+    model = chain.stages[0].model
+    assert model.lm_head.weight is None
+    assert model.embedding is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_rows_of_real_products_are_independent(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    weight, bias, *_ = tensors(inputs, outputs, 1)
+    assert rows_are_independent(PlainProduct(weight.to(dtype), bias.to(dtype)), inputs, dtype)
+    if can_pack(weight.to(dtype)):
+        assert rows_are_independent(PackedProduct(weight, bias), inputs, dtype)
+        assert rows_are_independent(PackedGate(weight), inputs, dtype)
+
+
+class RowDependent:
+    """A product in which one row in one position gets other bits than elsewhere."""
+
+    name = "packed"
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._plain = PlainProduct(weight, bias)
+
+    def __call__(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
+        out = self._plain(x, *residual).clone()
+        if len(out) == CHUNK_ROWS:
+            out[7] *= 1 + 2**-7
+        return out
+
+
+class NeighbourDependent(RowDependent):
+    """A product whose row 5 changes its bits where some other row is large."""
+
+    def __call__(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
+        out = self._plain(x, *residual).clone()
+        if (x.abs() > 500).any():
+            out *= 1 + 2**-7
+        return out
+
+
+@pytest.mark.parametrize("broken", [RowDependent, NeighbourDependent])
+def test_a_row_dependent_product_is_refused_and_the_plain_one_serves(broken, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(linear_module, "PackedProduct", broken)
+    monkeypatch.setattr(linear_module, "can_pack", lambda weight: True)
+    folder = save_tiny(tmp_path / "m")
+    rows = [(0, [1, 2, 3], 3)]
+    chain = Chain(folder, [0, 4], dtype=torch.bfloat16, batch_invariant=True)
+    report = chain.stages[0].model.products.report()
+    assert "the packed product (64, 64) is not row-independent here and is not used" in report
+    assert f"{4 * 3 + 1} plain" in report, "QKV, output and down projections of four layers, and the head"
+    assert torch.isfinite(chain.step(rows)[0]).all()
+    ordinary = Chain(folder, [0, 4], dtype=torch.bfloat16).stages[0].model.products.report()
+    assert "refused" not in ordinary
+    assert "plain" not in ordinary, "only the batch-invariant mode needs the property"
+
+
+def test_without_any_row_independent_product_the_mode_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(linear_module, "PlainProduct", RowDependent)
+    chooser = ProductChooser(packed=False, batch_invariant=True)
+    with pytest.raises(ConfigError) as caught:
+        chooser.linear(torch.randn(8, 4), None)
+    assert caught.value.reason == "BATCH_INVARIANCE_UNAVAILABLE"
+    assert "(8, 4)" in caught.value.message
