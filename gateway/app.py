@@ -85,11 +85,13 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "dtype": config.model.dtype,
         "device": config.stages.device,
         "batch_invariant": config.model.batch_invariant,
+        "debug_kv": config.kv_cache.debug,
         "block_size_tokens": config.block_size_tokens(),
         "kv_memory_bytes": config.kv_cache.memory_bytes,
         "num_blocks": config.kv_cache.num_blocks,
         "num_threads": threads,
         "host": config.stages.host,
+        "stall_timeout_s": 2 * config.pipelines.stall_timeout_s,
     }
 
 

@@ -54,6 +54,7 @@ class KvCacheSection(_Section):
     block_size_tokens: int | None = Field(None, ge=1, description="tokens of a block; default: 16, on CUDA 256")
     memory_bytes: int | None = Field(None, ge=1, description="bytes of a stage's cache; default: 1 GiB on the CPU")
     num_blocks: int | None = Field(None, ge=2, description="blocks of the cache, instead of memory_bytes")
+    debug: bool = Field(False, description="stages check on every read what a slot holds (slow)")
     prefix_caching: bool = Field(True, description="compute the common beginnings of prompts once")
 
 

@@ -24,7 +24,9 @@ class StepBatch:
     query_starts: NDArray[np.int32]  # [R + 1], cumulative
     query_lens: NDArray[np.int32]  # [R]
     context_lens: NDArray[np.int32]  # [R]
-    block_tables: NDArray[np.int32]  # [R, M], padded with block 0
+    block_tables: NDArray[np.int32]  # [R, M], padded with the row's own first block: what stands in another may be NaN
+    sequence_ids: tuple[int, ...]
+    fresh_blocks: NDArray[np.int64]  # blocks whose first slot is written by this step
     num_decode_rows: int
     output_rows: tuple[int, ...]  # rows whose last token needs logits
 
@@ -49,7 +51,9 @@ class StepBatch:
         blocks = -(-lengths // block_size_tokens)
         tables = np.zeros((len(queries), int(blocks.max())), dtype=np.int32)
         for index, row in enumerate(step.rows):
-            tables[index, : blocks[index]] = _int32(row.block_table, int(blocks[index]), f"block_table of row {index}")
+            table = _int32(row.block_table, int(blocks[index]), f"block_table of row {index}")
+            tables[index] = table[0]
+            tables[index, : blocks[index]] = table
         if tables.min() < 0 or tables.max() >= num_blocks:
             raise _bad(f"block ids must be in [0, {num_blocks})")
         starts = np.concatenate(([0], queries.cumsum())).astype(np.int32)
@@ -69,6 +73,8 @@ class StepBatch:
             query_lens=queries,
             context_lens=lengths,
             block_tables=tables,
+            sequence_ids=tuple(row.sequence_id for row in step.rows),
+            fresh_blocks=slots[slots % block_size_tokens == 0] // block_size_tokens,
             num_decode_rows=decode,
             output_rows=tuple(i for i, row in enumerate(step.rows) if row.HasField("sampling")),
         )

@@ -41,6 +41,7 @@ class StageSpec:
     dtype: str = "bfloat16"
     device: str = "cpu"
     batch_invariant: bool = False
+    debug_kv: bool = False
     block_size_tokens: int = 16
     kv_memory_bytes: int | None = None
     num_blocks: int | None = None
@@ -117,6 +118,7 @@ class StageReplica:
             device=torch.device(spec.device),
             batch_invariant=spec.batch_invariant,
             block_size_tokens=spec.block_size_tokens,
+            debug_kv=spec.debug_kv,
         )
         with tqdm(desc=f"layers {layers}", unit="B", unit_scale=True, file=sys.stderr, mininterval=1.0) as bar:
 

@@ -10,7 +10,7 @@ from stages.attention.portable import PortableAttention
 from stages.attention.self_check import self_check
 from stages.batch import StepBatch
 from stages.config import ModelConfig
-from stages.kv_cache import KVCache
+from stages.kv_cache import KVCache, KVTags
 from stages.models.qwen2 import Qwen2Stage
 from stages.partition import LayerRange, kv_bytes_per_token
 
@@ -28,8 +28,10 @@ class StageRunner:
         batch_invariant: bool = False,
         block_size_tokens: int = 16,
         packed_weights: bool = True,
+        debug_kv: bool = False,
     ) -> None:
-        """`packed_weights=False` keeps weights in the checkpoint's layout: the slow twin of the CPU's packed products."""
+        """`packed_weights=False` keeps weights in the checkpoint's layout: the slow twin of the CPU's packed products.
+        `debug_kv` tags every KV slot and checks the tags of all that a row reads (slow)."""
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
         self.block_size_tokens = block_size_tokens
         attention = make_attention(
@@ -60,6 +62,8 @@ class StageRunner:
             packed_weights=packed_weights,
         )
         self._kv: KVCache | None = None
+        self._debug_kv = debug_kv
+        self._tags: KVTags | None = None
 
     def kv_capacity_blocks(self, memory_bytes: int) -> int:
         """KV blocks that fit in `memory_bytes`."""
@@ -68,6 +72,7 @@ class StageRunner:
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Make the KV cache; one of the same size is kept, since every slot is written before it is read."""
+        self._tags = KVTags(num_blocks, self.block_size_tokens) if self._debug_kv else None
         if self._kv is None or self._kv.num_blocks != num_blocks:
             self._kv = None  # free the old one first
             self._kv = KVCache(
@@ -93,9 +98,14 @@ class StageRunner:
         """Run the layers. Token ids come from the batch on the first stage, `hidden_TD` [T, D] on the others.
 
         Returns hidden states [T, D] in the stage's dtype, or on the last stage float32 logits [R, V] for
-        `batch.output_rows`, in their order.
+        `batch.output_rows`, in their order. Raises InternalError (KV_TAG_MISMATCH) with `debug_kv`.
         """
         assert self._kv is not None, "allocate_kv comes before execute"
+        if self._tags is not None:
+            self._tags.write(batch)
+            self._tags.check(batch)
+        if len(batch.fresh_blocks):
+            self._kv.clear(torch.from_numpy(batch.fresh_blocks).to(self.device))
         context = AttentionContext.from_batch(batch, self.device)
         if hidden_TD is None:
             assert self.model.is_first

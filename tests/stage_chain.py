@@ -26,7 +26,8 @@ class Chain:
     def __init__(
         self, folder: Path | str, cuts: Sequence[int], *, dtype=torch.float32, num_blocks: int = NUM_BLOCKS, **options
     ) -> None:
-        """`options` are StageRunner's."""
+        """`options` are StageRunner's. KV tags are checked on every read unless they say otherwise."""
+        options = {"debug_kv": True, **options}
         checkpoint = open_checkpoint(str(folder))
         self.vocab_size = checkpoint.config.vocab_size
         self.stages = []

@@ -16,7 +16,8 @@ from stages.batch import StepBatch
 class AttentionContext:
     """Rows of a micro-batch as tensors, and as Python numbers where shapes depend on them.
 
-    The first `num_decode_rows` rows have one token each. `block_tables_RM` is padded with block 0.
+    The first `num_decode_rows` rows have one token each. `block_tables_RM` is padded with the row's own first
+    block.
     """
 
     num_decode_rows: int

@@ -10,7 +10,7 @@ from stages.partition import LayerRange
 
 
 class KVCache:
-    """One [B, S, K, H] tensor for keys and one for values of each layer, and who may be where in debug mode."""
+    """One [B, S, K, H] tensor for keys and one for values of each layer."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (num_blocks, block_size_tokens, config.num_kv_heads, config.head_dim)
-        # Zeros, not garbage: padded reads are masked out, but NaN times zero is NaN.
+        # Zeros, not garbage: reads past a row's context are masked out, but NaN times zero is NaN.
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(len(layers))]
         self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(len(layers))]
         self._first = layers.start_layer
@@ -33,6 +33,11 @@ class KVCache:
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer of the model, each [B, S, K, H]."""
         return self._keys[layer - self._first], self._values[layer - self._first]
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zero whole blocks (int64 ids) in all layers: a new owner must not read what the last one left behind it."""
+        for cache in (*self._keys, *self._values):
+            cache.index_fill_(0, blocks, 0)
 
     def write(self, layer: int, slots_T: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
         """Store the keys and values of T tokens at int64 slots [T] (block · S + offset)."""

@@ -1,0 +1,252 @@
+"""Kill stages at random under load and compare every token with an undisturbed run: `make chaos KILLS=200 SEED=1`.
+
+Real Ray Serve, real SIGKILL, batch-invariant mode, so equality is bitwise. One JSON line a kill, then a summary; exit
+code 1 where a token differs or a client saw an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+
+from stageline.inference.v1 import generation_pb2 as gen
+from stageline.inference.v1 import inference_service_pb2 as pb
+from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+
+NEXT_TOKEN_TIMEOUT_S = 180.0
+
+
+@contextmanager
+def serving(model: str, *flags: str) -> Iterator[str]:
+    """`stageline serve` in batch-invariant mode; yields the address of its gRPC door."""
+    command = [sys.executable, "-m", "gateway.cli", "serve", "--model", model, "--model.batch-invariant", "true",
+               "--grpc-port", "0", "--http-port", "0", *flags]  # fmt: skip
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        ready = server.stdout.readline().split()
+        if len(ready) != 3:
+            raise SystemExit(server.wait() or 1)
+        yield ready[2].removeprefix("grpc://")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=120)
+
+
+def make_requests(rng: random.Random, count: int, num_tokens: int, vocab_size: int) -> list[gen.Generation]:
+    """Greedy and seeded requests; a third of the prompts share a long beginning, so that the prefix cache is hit."""
+    shared = [rng.randrange(1, vocab_size) for _ in range(70)]
+    requests = []
+    for index in range(count):
+        own = [rng.randrange(1, vocab_size) for _ in range(rng.randrange(1, 100))]
+        sampling = gen.SamplingParams(temperature=0)
+        if index % 2:
+            sampling = gen.SamplingParams(temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=rng.getrandbits(63))
+        requests.append(
+            gen.Generation(
+                token_ids=gen.TokenIds(ids=shared + own if index % 3 == 0 else own),
+                sampling=sampling,
+                stop=gen.StopConditions(max_tokens=num_tokens, ignore_eos=True),
+            )
+        )
+    return requests
+
+
+@dataclass
+class Load:
+    """Streams that run all the time, and what they have seen."""
+
+    address: str
+    requests: Sequence[gen.Generation]
+    expected: dict[int, list[int]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+    last_token_s: float = 0.0
+    live: dict[int, int] = field(default_factory=dict)  # tokens of each running stream, prompt included
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.stub = InferenceServiceStub(grpc.insecure_channel(self.address))
+
+    def stream(self, index: int) -> list[int]:
+        """Run one request to its end."""
+        generation = self.requests[index]
+        tokens: list[int] = []
+        for response in self.stub.StreamGenerate(pb.StreamGenerateRequest(generation=generation), timeout=1800):
+            for delta in response.choices:
+                tokens += delta.token_ids
+                with self._lock:
+                    self.num_tokens += len(delta.token_ids)
+                    self.last_token_s = time.monotonic()
+                    self.live[threading.get_ident()] = len(generation.token_ids.ids) + len(tokens)
+        self.live.pop(threading.get_ident(), None)
+        return tokens
+
+    def learn(self, num_streams: int) -> None:
+        """The undisturbed answers."""
+        self._run(num_streams, range(len(self.requests)), self.expected.__setitem__)
+
+    def disturb(self, num_streams: int, over: threading.Event) -> None:
+        """Ask again and again until `over`; what differs from the undisturbed answer is a fault."""
+
+        def check(index: int, tokens: list[int]) -> None:
+            if tokens != self.expected[index]:
+                place = next((i for i, pair in enumerate(zip(tokens, self.expected[index], strict=False)) if pair[0] != pair[1]), "end")  # fmt: skip
+                self.faults.append(f"request {index}: {len(tokens)} tokens, the first difference at {place}")
+
+        self._run(num_streams, self._again(over), check)
+
+    def _again(self, over: threading.Event) -> Iterator[int]:
+        while not over.is_set():
+            yield from range(len(self.requests))
+
+    def _run(self, num_streams: int, indices, take) -> None:
+        work, lock = iter(indices), threading.Lock()
+
+        def worker() -> None:
+            while True:
+                with lock:
+                    index = next(work, None)
+                if index is None:
+                    return
+                try:
+                    take(index, self.stream(index))
+                except grpc.RpcError as error:
+                    self.faults.append(f"request {index}: {error.code()}: {error.details()}")
+
+        threads = [threading.Thread(target=worker) for _ in range(num_streams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+@dataclass
+class Killer:
+    """Kills a random stage at a random moment, `count` times; now and then two at once, or during the recovery."""
+
+    load: Load
+    rng: random.Random
+    count: int
+    settle_s: float
+    pauses_s: list[float] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Returns when every kill was survived, or nothing comes any more."""
+        while len(self.pauses_s) < self.count:
+            time.sleep(self.rng.uniform(0, self.settle_s))
+            victims = self.stages()
+            if not victims:
+                time.sleep(0.2)
+                continue
+            chosen = self.rng.sample(victims, 2 if len(victims) > 1 and self.rng.random() < 0.1 else 1)
+            killed_s, recomputed = time.monotonic(), sum(self.load.live.values())
+            for _, _, pid in chosen:
+                os.kill(pid, signal.SIGKILL)
+            if self.rng.random() < 0.15:  # once more while it recovers
+                time.sleep(self.rng.uniform(0, 3))
+                again = [stage for stage in self.stages() if stage[2] not in {pid for _, _, pid in chosen}]
+                if again:
+                    chosen.append(self.rng.choice(again))
+                    os.kill(chosen[-1][2], signal.SIGKILL)
+                    killed_s = time.monotonic()
+            pause_s = self.until_next_token(killed_s)
+            self.pauses_s.append(pause_s)
+            for layers, phase, pid in chosen:
+                print(json.dumps({"time": round(time.time(), 2), "pid": pid, "stage": layers, "phase": phase,
+                                  "pause_s": round(pause_s, 2), "tokens_recomputed": recomputed}), flush=True)  # fmt: skip
+
+    def stages(self) -> list[tuple[str, str, int]]:
+        """Layers, state of the pipeline and pid of every stage in a pipeline, if the process still runs."""
+        model = self.load.stub.GetModel(pb.GetModelRequest(), timeout=60)
+        found = [
+            (stage.layers, pipeline.state, replica.pid)
+            for pipeline in model.pipelines
+            for stage in pipeline.stages
+            for replica in stage.replicas
+        ]
+        return [stage for stage in found if os.path.exists(f"/proc/{stage[2]}")]
+
+    def until_next_token(self, killed_s: float) -> float:
+        """Seconds from the kill to a token that was computed after it: half a second drains what was on its way."""
+        time.sleep(0.5)
+        after_s = time.monotonic()
+        while self.load.last_token_s < after_s:
+            if time.monotonic() > killed_s + NEXT_TOKEN_TIMEOUT_S:
+                raise TimeoutError(f"no token within {NEXT_TOKEN_TIMEOUT_S} s after a kill")
+            time.sleep(0.01)
+        return self.load.last_token_s - killed_s
+
+
+def run(address: str, *, seed: int, kills: int, streams: int, requests: int, num_tokens: int, settle_s: float) -> dict:
+    """Load, kills, comparison. The summary has `faults`, which must be empty."""
+    rng = random.Random(seed)
+    vocab_size = InferenceServiceStub(grpc.insecure_channel(address)).GetModel(pb.GetModelRequest()).vocab_size
+    load = Load(address, make_requests(rng, requests, num_tokens, vocab_size))
+    load.learn(streams)
+    undisturbed, load.num_tokens = load.num_tokens, 0
+    over, outcome = threading.Event(), queue.Queue[BaseException | None]()
+    killer = Killer(load, rng, kills, settle_s)
+
+    def kill() -> None:
+        error = None
+        try:
+            killer.run()
+        except BaseException as caught:
+            error = caught
+        over.set()
+        outcome.put(error)
+
+    threading.Thread(target=kill).start()
+    load.disturb(streams, over)
+    error = outcome.get()
+    if error is not None:
+        load.faults.append(f"{type(error).__name__}: {error}")
+    pauses = sorted(killer.pauses_s) or [0.0]
+    return {
+        "seed": seed, "kills": len(killer.pauses_s), "streams": streams, "tokens_undisturbed": undisturbed,
+        "tokens_compared": load.num_tokens, "pause_s": {"median": round(statistics.median(pauses), 2), "max": round(pauses[-1], 2)},
+        "faults": load.faults,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Exit code 0 where every stream was exact."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="default: the demo's SmolLM2-135M")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=32, help="different requests")
+    parser.add_argument("--num-tokens", type=int, default=100, help="tokens of each answer")
+    parser.add_argument("--settle-s", type=float, default=6.0, help="longest wait between recovery and the next kill")
+    args = vars(parser.parse_args())
+    model, stages, replicas = args.pop("model"), args.pop("stages"), args.pop("replicas")
+    if model is None:
+        from gateway.demo import fetch_model
+
+        model = str(fetch_model())
+    with serving(model, "--stages", str(stages), "--stages.replicas", str(replicas)) as address:
+        summary = run(address, **args)
+    print(json.dumps(summary))
+    return 1 if summary["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
