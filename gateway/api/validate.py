@@ -39,6 +39,12 @@ def check_served(raw: RawRequest, model: ModelInfo) -> None:
             raise UnimplementedError(
                 "PARAMETER_NOT_SERVED", f"{shown} is not served yet; leave it out", field=shown, value=value
             )
+    if raw.echo and raw.num_logprobs is not None:
+        shown = shown_name(raw, "echo")
+        raise UnimplementedError(
+            "PARAMETER_NOT_SERVED", f"{shown} with log-probabilities is not served yet; leave one of them out",
+            field=shown,
+        )  # fmt: skip
     if raw.prompt is None:
         fail(raw, "prompt", "PROMPT_MISSING", "is required: text, token ids or a conversation")
     if raw.request_id:
@@ -54,12 +60,6 @@ def validate(raw: RawRequest, prompt_token_ids: tuple[int, ...], model: ModelInf
         fail(raw, "best_of", "BEST_OF_OUT_OF_RANGE", f"is {generated}, less than the {num_choices} choices asked for",
              value=generated, num_choices=num_choices)  # fmt: skip
     resume = _check_resume(raw, raw.resume, generated, model) if raw.resume is not None else None
-    if raw.echo and raw.num_logprobs is not None:
-        shown = shown_name(raw, "echo")
-        raise UnimplementedError(
-            "PARAMETER_NOT_SERVED", f"{shown} with log-probabilities is not served yet; leave one of them out",
-            field=shown,
-        )  # fmt: skip
     if raw.constraint is not None and raw.ignore_eos:
         fail(raw, "ignore_eos", "IGNORE_EOS_WITH_GRAMMAR",
              f"cannot be used with {raw.constraint.field}: an end token is how such an answer ends")  # fmt: skip

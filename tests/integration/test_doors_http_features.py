@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 
 import httpx
 import openai
 import pytest
-from doors_helpers import Doors, failing, open_doors
+from doors_helpers import MODEL, Doors, failing, open_doors
 
 from stageline import errors
 
@@ -305,7 +306,7 @@ def allowed(mask: bytes, doors: Doors) -> set[str]:
         ({"guided_json": {"type": "nothing"}}, "guided_json", "grammar_invalid"),
         ({"guided_json": "{"}, "guided_json", "grammar_invalid"),
         ({"guided_grammar": "start: nothing"}, "guided_grammar", "grammar_invalid"),
-        ({"guided_grammar": "x" * 65537}, "guided_grammar", "parameter_invalid"),
+        ({"guided_grammar": "x" * 65537}, "guided_grammar", "grammar_size_out_of_range"),
         ({"guided_choice": []}, "guided_choice", "choices_invalid"),
         ({"guided_choice": ["a", ""]}, "guided_choice", "choices_invalid"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "grammar_twice"),
@@ -322,10 +323,6 @@ async def test_constraints_that_are_refused(web, doors, body, param, code):
 
 
 async def test_no_end_token_no_grammar():
-    from dataclasses import replace
-
-    from doors_helpers import MODEL
-
     async with open_doors(Doors(model=replace(MODEL, eos_token_ids=()))) as doors, httpx.AsyncClient() as web:
         answer = await web.post(f"{doors.http}/v1/completions", json={"prompt": "a", "guided_regex": "a"})
         assert answer.json()["error"]["code"] == "no_end_token"

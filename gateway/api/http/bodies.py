@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from gateway.api.checks import draw_seed
 from gateway.api.http.body import NoOps
-from gateway.api.http.schema import NAMES, NO_OPS, GenerationBody
+from gateway.api.http.schema import NAMES, NO_OPS, GenerationBody, says
 from gateway.api.raw import Prompt, RawRequest, TextPrompt, TokenPrompt
+from gateway.api.validate import MAX_CHOICES, MAX_LOGPROBS
 from stageline.errors import InvalidArgumentError
 
 MAX_PROMPTS = 128
@@ -18,10 +19,10 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     no_ops: ClassVar[NoOps] = {**NO_OPS, "suffix": ("",)}
-    prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int | None = None
+    prompt: Annotated[str | list[int] | list[str] | list[list[int]], says(minLength=1, minItems=1)]
+    logprobs: Annotated[int | None, says(minimum=0, maximum=MAX_LOGPROBS)] = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Annotated[int | None, says(minimum=1, maximum=MAX_CHOICES)] = None
 
     def check(self) -> None:
         """See GenerationBody."""

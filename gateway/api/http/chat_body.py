@@ -8,8 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from gateway.api.http.body import Body, NoOps
-from gateway.api.http.schema import NAMES, NO_OPS, GenerationBody
+from gateway.api.http.schema import NAMES, NO_OPS, GenerationBody, says
 from gateway.api.raw import ChatPrompt, RawRequest
+from gateway.api.tool_choice import MAX_TOOLS
+from gateway.api.validate import MAX_LOGPROBS
 from gateway.tokenizer.chat_template import ROLES
 from stageline.errors import InvalidArgumentError, UnimplementedError
 
@@ -149,11 +151,11 @@ class ChatBody(GenerationBody):
         "verbosity": (),
         "web_search_options": (),
     }
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[ChatMessage], says(minItems=1)]
+    max_completion_tokens: Annotated[int | None, says(minimum=1)] = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[Tool] | None = None
+    top_logprobs: Annotated[int | None, says(minimum=0, maximum=MAX_LOGPROBS)] = None
+    tools: Annotated[list[Tool] | None, says(maxItems=MAX_TOOLS)] = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None

@@ -36,7 +36,7 @@ NO_OPS: NoOps = {
 }
 
 
-def _says(**bounds: Any) -> Any:
+def says(**bounds: Any) -> Any:
     """Bounds for the OpenAPI document; gateway.api.validate checks them, for both doors, with our own words."""
     return Field(json_schema_extra=bounds)
 
@@ -53,22 +53,22 @@ class GenerationBody(Body, StructuredFields):
     """What both endpoints take."""
 
     model: str | None = None
-    temperature: Annotated[float | None, _says(minimum=0)] = None
-    top_p: Annotated[float | None, _says(exclusiveMinimum=0, maximum=1)] = None
-    top_k: Annotated[int | None, _says(minimum=-1, maximum=2**31 - 1)] = None
-    min_p: Annotated[float | None, _says(minimum=0, maximum=1)] = None
-    repetition_penalty: Annotated[float | None, _says(exclusiveMinimum=0)] = None
-    frequency_penalty: Annotated[float | None, _says(minimum=-2, maximum=2)] = None
-    presence_penalty: Annotated[float | None, _says(minimum=-2, maximum=2)] = None
+    temperature: Annotated[float | None, says(minimum=0)] = None
+    top_p: Annotated[float | None, says(exclusiveMinimum=0, maximum=1)] = None
+    top_k: Annotated[int | None, says(minimum=-1, maximum=2**31 - 1)] = None
+    min_p: Annotated[float | None, says(minimum=0, maximum=1)] = None
+    repetition_penalty: Annotated[float | None, says(exclusiveMinimum=0)] = None
+    frequency_penalty: Annotated[float | None, says(minimum=-2, maximum=2)] = None
+    presence_penalty: Annotated[float | None, says(minimum=-2, maximum=2)] = None
     logit_bias: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], float] | None, _says(maxProperties=MAX_LOGIT_BIAS)
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], float] | None, says(maxProperties=MAX_LOGIT_BIAS)
     ] = None
-    seed: Annotated[int | None, _says(minimum=0, maximum=MAX_SEED)] = None
-    n: Annotated[int | None, _says(minimum=1, maximum=MAX_CHOICES)] = None
-    max_tokens: Annotated[int | None, _says(minimum=1)] = None
-    min_tokens: Annotated[int | None, _says(minimum=0)] = None
-    stop: Annotated[str | list[str] | None, _says(maxItems=MAX_STOP_STRINGS)] = None
-    stop_token_ids: Annotated[list[int] | None, _says(maxItems=MAX_STOP_TOKEN_IDS)] = None
+    seed: Annotated[int | None, says(minimum=0, maximum=MAX_SEED)] = None
+    n: Annotated[int | None, says(minimum=1, maximum=MAX_CHOICES)] = None
+    max_tokens: Annotated[int | None, says(minimum=1)] = None
+    min_tokens: Annotated[int | None, says(minimum=0)] = None
+    stop: Annotated[str | list[str] | None, says(maxItems=MAX_STOP_STRINGS)] = None
+    stop_token_ids: Annotated[list[int] | None, says(maxItems=MAX_STOP_TOKEN_IDS)] = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None

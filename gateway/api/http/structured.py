@@ -8,10 +8,13 @@ from pydantic import BaseModel, Field
 
 from gateway.api.http.body import Body, NoOps
 from gateway.grammar import Constraint
-from gateway.grammar.constraint import MAX_SOURCE_CHARS
+from gateway.grammar.constraint import MAX_CHOICES, MAX_SOURCE_CHARS
 from stageline.errors import InvalidArgumentError
 
 Source = str | dict[str, Any]
+# Bounds for the OpenAPI document; gateway.grammar checks them.
+_SOURCE: Any = Field(None, json_schema_extra={"minLength": 1, "maxLength": MAX_SOURCE_CHARS})
+_TEXTS: Any = Field(None, json_schema_extra={"minItems": 1, "maxItems": MAX_CHOICES})
 
 
 class JsonSchemaFormat(Body):
@@ -41,9 +44,9 @@ class StructuredOutputs(Body):
         "whitespace_pattern": (),
     }
     json_: Source | None = Field(None, alias="json")
-    regex: str | None = Field(None, max_length=MAX_SOURCE_CHARS)
-    choice: list[str] | None = None
-    grammar: str | None = Field(None, max_length=MAX_SOURCE_CHARS)
+    regex: str | None = _SOURCE
+    choice: list[str] | None = _TEXTS
+    grammar: str | None = _SOURCE
     json_object: bool | None = None
 
 
@@ -53,9 +56,9 @@ class StructuredFields(BaseModel):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Source | None = None
-    guided_regex: str | None = Field(None, max_length=MAX_SOURCE_CHARS)
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = Field(None, max_length=MAX_SOURCE_CHARS)
+    guided_regex: str | None = _SOURCE
+    guided_choice: list[str] | None = _TEXTS
+    guided_grammar: str | None = _SOURCE
 
     def constraint(self) -> Constraint | None:
         """The one that was given. Raises InvalidArgumentError for several, or a schema that is no JSON."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 from gateway.api.http import documents
 from gateway.api.http.body import Body, NoOps
 from gateway.api.http.chat_body import ChatMessage, Tool
+from gateway.api.http.schema import says
 from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt
 from gateway.api.service import Frontend
 from gateway.api.validate import check_served
@@ -38,7 +39,7 @@ class TokenizeChat(TokenizeBody):
     """A conversation, rendered with the model's chat template."""
 
     no_ops: ClassVar[NoOps] = {"chat_template": (), "chat_template_kwargs": ({},)}
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], says(minItems=1)]
     tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -66,7 +67,7 @@ class Detokenize(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Annotated[int, says(minimum=0)]]
 
 
 class Tokenized(BaseModel):
