@@ -48,15 +48,15 @@ TOOLS = [
 
 
 @asynccontextmanager
-async def serving(folder, cuts, context_tokens: int = 1024):
+async def serving(folder, cuts, dtype: str = "float32"):
     """A Frontend over a pipeline of real stages, and the registry and replicas beneath it."""
     model, tokenizer, template = load_model(
-        from_mapping({"model": {"path": str(folder), "max_context_tokens": context_tokens}}, source="test")
+        from_mapping({"model": {"path": str(folder), "max_context_tokens": 1024}}, source="test")
     )
     registry = Registry()
     replicas = [
         StageReplica(
-            StageSpec(model=str(folder), start_layer=a, end_layer=b, dtype="float32", num_blocks=640, num_threads=1)
+            StageSpec(model=str(folder), start_layer=a, end_layer=b, dtype=dtype, num_blocks=320, num_threads=1)
         )
         for a, b in pairwise(cuts)
     ]
@@ -170,26 +170,15 @@ async def test_a_lost_stage_does_not_break_the_form(model_folder):
 
 
 async def test_forced_tool_calls_of_a_model_that_knows_tools(model_folder):
-    async with serving(model_folder("qwen-coder"), (0, 12, 24)) as (frontend, _, _):
-        prompt = ChatPrompt([{"role": "user", "content": "How is the weather in Paris?"}], tools=TOOLS)
-        work = [
-            answer(
-                frontend,
-                ChatPrompt(**{**_fields(prompt), "tool_choice": choice, "tool_name": "weather"}),
-                None,
-                seed=seed,
-            )
-            for choice in ("required", "named")
-            for seed in range(2)
-        ]
-        for choice in await asyncio.gather(*work):
-            assert choice.text == ""
-            assert choice.finish_reason is FinishReason.TOOL_CALLS
-            assert choice.tool_calls
-            for call in choice.tool_calls:
-                assert call.name == "weather"
-                jsonschema.validate(json.loads(call.arguments), TOOLS[0]["function"]["parameters"])
-
-
-def _fields(prompt: ChatPrompt) -> dict:
-    return {name: getattr(prompt, name) for name in prompt.__dataclass_fields__}
+    messages = [{"role": "user", "content": "How is the weather in Paris?"}]
+    named = ChatPrompt(messages, tools=TOOLS, tool_choice="named", tool_name="weather")
+    required = ChatPrompt(messages, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    async with serving(model_folder("qwen-coder"), (0, 12, 24), dtype="bfloat16") as (frontend, _, _):
+        choices = await asyncio.gather(
+            *(answer(frontend, prompt, None, seed=seed) for prompt in (named, required) for seed in range(2))
+        )
+    for choice in choices:
+        assert (choice.text, choice.finish_reason) == ("", FinishReason.TOOL_CALLS)
+        [call] = choice.tool_calls
+        assert call.name == "weather"
+        jsonschema.validate(json.loads(call.arguments), TOOLS[0]["function"]["parameters"])
