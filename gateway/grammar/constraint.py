@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 from stageline.errors import InvalidArgumentError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"  # around a call, in Qwen2's (Hermes') form
 MAX_SOURCE_CHARS = 64 * 1024
+MAX_GBNF_CHARS = 16 * 1024
 MAX_CHOICES = 1024
 MAX_CALLS = 16  # of one answer
 # At most this much white space where JSON allows any: small models would go on for ever.
@@ -73,11 +74,25 @@ class Constraint:
         if self.kind == "regex":
             return LLMatcher.grammar_from_regex(self.source)
         if self.kind == "grammar":
-            return LLMatcher.grammar_from_lark(any_to_lark(self.source))
+            return LLMatcher.grammar_from_lark(_to_lark(self.source))
         if self.kind == "choice":
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, json.loads(self.source))))
         tags = [_tag(text, ll_tokenizer) for text in (OPEN, CLOSE)]
         return LLMatcher.grammar_from_lark(_calls_grammar(json.loads(self.source), tags, several=self.kind == "tools"))
+
+
+def _to_lark(source: str) -> str:
+    """Lark as it is, GBNF converted. Raises ValueError for GBNF that is too long or cannot be read."""
+    if is_lark_syntax(source):
+        return source
+    if len(source) > MAX_GBNF_CHARS:
+        raise ValueError(f"GBNF may have {MAX_GBNF_CHARS} characters, this has {len(source)}; write it in Lark")
+    # The converter is Python, holds the GIL, and takes quadratic time over empty lines.
+    lines = [line for line in source.splitlines() if line.strip()]
+    try:
+        return gbnf_to_lark("\n".join(lines))
+    except Exception as error:  # it raises plain Exceptions too
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def _tag(text: str, ll_tokenizer: LLTokenizer) -> str:

@@ -305,6 +305,8 @@ def allowed(mask: bytes, doors: Doors) -> set[str]:
         ({"guided_regex": ""}, "guided_regex", "grammar_size_out_of_range"),
         ({"guided_json": {"type": "nothing"}}, "guided_json", "grammar_invalid"),
         ({"guided_json": "{"}, "guided_json", "grammar_invalid"),
+        ({"guided_grammar": "0"}, "guided_grammar", "grammar_invalid"),
+        ({"guided_grammar": 'root ::= ("a"'}, "guided_grammar", "grammar_invalid"),
         ({"guided_grammar": "start: nothing"}, "guided_grammar", "grammar_invalid"),
         ({"guided_grammar": "x" * 65537}, "guided_grammar", "grammar_size_out_of_range"),
         ({"guided_choice": []}, "guided_choice", "choices_invalid"),
