@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from stageline.errors import InvalidArgumentError
 
@@ -17,6 +18,7 @@ MAX_SOURCE_CHARS = 64 * 1024
 MAX_GBNF_CHARS = 16 * 1024
 MAX_CHOICES = 1024
 MAX_CALLS = 16  # of one answer
+_LARK_LINE = re.compile(r"\s*(%llguidance\b|start\s*:(?!:=))")
 # At most this much white space where JSON allows any: small models would go on for ever.
 JSON_OPTIONS = {"whitespace_pattern": r"[ \n\r\t]{0,20}"}
 # As Qwen2's chat template writes the calls of earlier turns (Python's json.dumps).
@@ -83,12 +85,14 @@ class Constraint:
 
 def _to_lark(source: str) -> str:
     """Lark as it is, GBNF converted. Raises ValueError for GBNF that is too long or cannot be read."""
-    if is_lark_syntax(source):
+    # llguidance's own detection and its converter take quadratic time over empty lines, and hold the GIL.
+    lines = [line for line in source.splitlines() if line.strip()]
+    if any(_LARK_LINE.match(line) for line in lines):
         return source
     if len(source) > MAX_GBNF_CHARS:
-        raise ValueError(f"GBNF may have {MAX_GBNF_CHARS} characters, this has {len(source)}; write it in Lark")
-    # The converter is Python, holds the GIL, and takes quadratic time over empty lines.
-    lines = [line for line in source.splitlines() if line.strip()]
+        raise ValueError(
+            f"it has no Lark rule `start:`, and as GBNF it may have {MAX_GBNF_CHARS} characters, not {len(source)}"
+        )
     try:
         return gbnf_to_lark("\n".join(lines))
     except Exception as error:  # it raises plain Exceptions too
