@@ -1,12 +1,13 @@
 """The composition root: builds the Ray Serve application, and inside the gateway replica the engine and its doors.
 
-serve run gateway.app:build model.path=/models/qwen2 stages.count=4
+serve run gateway.app:build model=/models/qwen2 stages=4
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from gateway.engine import Engine, EngineSettings
 from gateway.model import load_model
 from gateway.pipelines.discovery import Registry, ReplicaRecord
 from gateway.planner.split import resolve_layers
-from gateway.serve_adapter import stage_application
+from gateway.serve_adapter import log_to_stderr, stage_application
+from stageline.errors import ConfigError
 from stages.checkpoint import open_checkpoint
 
 logger = logging.getLogger("stageline.gateway")
@@ -31,19 +33,39 @@ _frontend: Frontend | None = None
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
-    """Serve's application builder: `args` is a configuration (sections with fields, or `section.field` keys)."""
+    """Serve's application builder, for `serve run` and `serve deploy`.
+
+    `args` is a configuration: sections with fields, `section.field` keys, and the short names of the command line's
+    flags (`model`, `stages`, `layers`, `dtype`, `grpc_port`). Raises ConfigError for an unknown key, a wrong value, a
+    field given twice, and for the HTTP door's address, which is Serve's own (`http_options`).
+    """
     nested: dict[str, dict[str, Any]] = {}
     for key, value in args.items():
         if isinstance(value, Mapping):
-            nested.setdefault(key, {}).update(value)
+            pairs = [(f"{key}.{field}", one) for field, one in value.items()]
         else:
-            section, _, field = key.partition(".")
-            nested.setdefault(section, {})[field] = value
+            pairs = [(configuration.SHORT_NAMES.get(key, key), value)]
+        for name, one in pairs:
+            section, _, field = name.partition(".")
+            if field in nested.setdefault(section, {}):
+                raise ConfigError("CONFIG_TWICE", f"the application's arguments give {name} twice", field=name)
+            nested[section][field] = one
+    if "http_port" in nested.get("server", {}):
+        raise ConfigError(
+            "CONFIG_NOT_OURS", "under `serve run` and `serve deploy` the HTTP port is Serve's: set http_options.port",
+            field="server.http_port",
+        )  # fmt: skip
     return application(configuration.from_mapping(nested, source="the application's arguments"))
 
 
 def application(config: configuration.Config) -> serve.Application:
     """One deployment a stage and one for the gateway. Raises StagelineError where the model or the split is wrong."""
+    if not config.model.path:
+        raise ConfigError("MODEL_MISSING", "model is required: a folder, a .gguf file, or a hub id", field="model.path")
+    # Paths must mean the same in the replicas, which run elsewhere.
+    if os.path.exists(config.model.path):
+        absolute = {"path": os.path.abspath(config.model.path)}
+        config = config.model_copy(update={"model": config.model.model_copy(update=absolute)})
     checkpoint = open_checkpoint(config.model.path, revision=config.model.revision)
     ranges = resolve_layers(checkpoint.config, config.stages.count, config.stages.layers)
     stages = [
@@ -74,8 +96,6 @@ def application(config: configuration.Config) -> serve.Application:
 
 def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, num_stages: int) -> dict[str, Any]:
     """What a stage replica needs to know, as `stages.replica.StageSpec.from_dict` takes it."""
-    import os
-
     threads = config.stages.num_threads or max(1, (os.cpu_count() or 1) // num_stages)
     return {
         "model": config.model.path,
@@ -109,6 +129,7 @@ class Gateway:
 
     async def __init__(self, config: dict[str, Any], *stages: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         global _frontend
+        log_to_stderr()
         parsed = configuration.Config.model_validate(config)
         model, tokenizer, template = await asyncio.to_thread(load_model, parsed)
         registry = Registry()

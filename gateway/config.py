@@ -17,6 +17,16 @@ from stageline.errors import ConfigError
 
 ENV_PREFIX = "STAGELINE_"
 
+# The only short names; every other field is spelled section.field.
+SHORT_NAMES = {
+    "model": "model.path",
+    "dtype": "model.dtype",
+    "stages": "stages.count",
+    "layers": "stages.layers",
+    "grpc_port": "server.grpc_port",
+    "http_port": "server.http_port",
+}
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

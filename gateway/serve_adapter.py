@@ -1,4 +1,4 @@
-"""The only module that touches Ray Serve's alpha surfaces: replica metadata and request routers (Ray 2.60).
+"""The only module that touches Ray's alpha surfaces: replica metadata, request routers, internal key-values (Ray 2.60).
 
 Serve imports it in the controller, in stage replicas and in the gateway, so it must stay light: the stage itself is
 loaded by name inside the replica that runs it, and the gateway process never loads torch.
@@ -7,10 +7,17 @@ loaded by name inside the replica that runs it, and the gateway process never lo
 from __future__ import annotations
 
 import importlib
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray import serve
+from ray.experimental import internal_kv
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -18,6 +25,10 @@ from gateway import replica_feed
 from stageline.errors import StagelineError
 
 STAGE_MODULE, STAGE_CLASS, SPEC_CLASS = "stages.replica", "StageReplica", "StageSpec"
+
+
+_BOARD = "stageline-start"  # namespace of what stages report while they start: key application/stage/actor
+_REPORT_S = 0.2
 
 
 class StageStartError(RuntimeError):
@@ -45,15 +56,22 @@ class StageDeployment:
     async def __init__(self, index: int, spec: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         module = importlib.import_module(STAGE_MODULE)
         context = ray.get_runtime_context()
+        log_to_stderr()
         spec = {**spec, "host": spec.get("host") or ray.util.get_node_ip_address()}
+        layers = f"{spec['start_layer']}-{spec['end_layer']}"
+        report = _StartReport(f"{serve.get_replica_context().app_name}/{index}", f"stage {index} (layers {layers})")
         try:
-            self._stage = getattr(module, STAGE_CLASS)(getattr(module, SPEC_CLASS).from_dict(spec))
+            self._stage = getattr(module, STAGE_CLASS)(
+                getattr(module, SPEC_CLASS).from_dict(spec), progress=report.progress
+            )
             await self._stage.start()
-        except StagelineError as error:
-            layers = f"{spec['start_layer']}-{spec['end_layer']}"
-            raise StageStartError(
-                f"stage {index} (layers {layers}) cannot start: {error.reason}: {error.message} <end>"
-            ) from error
+        except Exception as error:
+            typed = isinstance(error, StagelineError)
+            cause = f"{error.reason}: {error.message}" if isinstance(error, StagelineError) else repr(error)
+            problem = f"stage {index} (layers {layers}) cannot start: {cause}"
+            report.failed(problem, "" if typed else traceback.format_exc())
+            raise StageStartError(problem) from error
+        report.started()
         self._node = context.get_node_id()
 
     def record_replica_metadata(self) -> dict[str, Any]:
@@ -72,6 +90,51 @@ class StageDeployment:
         if hasattr(self, "_stage"):
             await self._stage.drain()
             await self._stage.stop()
+
+
+class _StartReport:
+    """What one starting stage tells whoever typed `serve`. Small: one key while it loads, one for the last failure."""
+
+    def __init__(self, place: str, name: str) -> None:
+        self._failure_key = place
+        self._key = f"{place}/{ray.get_runtime_context().get_actor_id()}"
+        self._name, self._told_s = name, 0.0
+
+    def progress(self, done_bytes: int, total_bytes: int) -> None:
+        """At most five times a second, and at the end."""
+        if done_bytes == total_bytes or time.monotonic() - self._told_s >= _REPORT_S:
+            self._told_s = time.monotonic()
+            self._put(self._key, done=done_bytes, total=total_bytes)
+
+    def failed(self, problem: str, trace: str) -> None:
+        """Leave the reason where `serve` finds it, however Serve words its own report."""
+        internal_kv._internal_kv_del(self._key, namespace=_BOARD)
+        self._put(self._failure_key, problem=problem, traceback=trace)
+
+    def started(self) -> None:
+        """Nothing is left behind."""
+        for key in (self._key, self._failure_key):
+            internal_kv._internal_kv_del(key, namespace=_BOARD)
+
+    def _put(self, key: str, **values: Any) -> None:
+        internal_kv._internal_kv_put(key, json.dumps({"name": self._name, **values}), namespace=_BOARD)
+
+
+def start_reports(application: str) -> list[Mapping[str, Any]]:
+    """What stages report: `name` with `done` and `total` bytes, or with `problem` and `traceback`."""
+    keys = internal_kv._internal_kv_list(f"{application}/", namespace=_BOARD)
+    values = [internal_kv._internal_kv_get(key, namespace=_BOARD) for key in sorted(keys)]
+    return [json.loads(value) for value in values if value is not None]
+
+
+def log_to_stderr() -> None:
+    """Our log lines go to the process's own stderr, which Ray carries to the driver: Serve may redirect sys.stderr."""
+    handler = logging.StreamHandler(sys.__stderr__)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("stageline", "stages"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if name == "stageline" else logging.WARNING)
 
 
 def stage_application(

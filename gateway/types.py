@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gateway.grammar import CompiledGrammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +47,8 @@ class GenerateRequest:
 
     `resume_token_ids` were generated before for `first_choice` (num_choices is 1 then): they count as generated, are
     not sent again, and the answer goes on after them. `deadline_s` is on the `time.monotonic` clock. Tenants share the
-    pipelines fairly; prefixes are shared in the cache only within one `tenant` and `cache_salt`.
+    pipelines fairly; prefixes are shared in the cache only within one `tenant` and `cache_salt`. `grammar` is what every
+    choice must follow.
     """
 
     request_id: str
@@ -57,6 +62,7 @@ class GenerateRequest:
     tenant: str = ""
     use_prefix_cache: bool = True
     cache_salt: str = ""
+    grammar: CompiledGrammar | None = None
 
 
 class FinishReason(enum.Enum):
@@ -64,6 +70,7 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,19 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """What is new of one tool call: `index` counts the calls of a choice; the first delta of a call has id and name.
+
+    `arguments` is JSON text as the model wrote it, piece by piece.
+    """
+
+    index: int
+    arguments: str
+    id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +113,7 @@ class ChoiceDelta:
     finish_reason: FinishReason | None = None
     matched_stop: str = ""
     cached_prompt_tokens: int = 0
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

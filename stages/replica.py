@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -66,10 +67,14 @@ class StageSpec:
 
 
 class StageReplica:
-    """Loads and serves the stage of a StageSpec."""
+    """Loads and serves the stage of a StageSpec.
 
-    def __init__(self, spec: StageSpec) -> None:
-        self.spec = spec
+    `progress(done_bytes, total_bytes)` is called on the loading thread; without it a bar is drawn where stderr is a
+    terminal.
+    """
+
+    def __init__(self, spec: StageSpec, progress: Callable[[int, int], None] | None = None) -> None:
+        self.spec, self._progress = spec, progress
         self.address = ""
         self._server: StageServer | None = None
         self._metadata: dict[str, Any] = {}
@@ -120,13 +125,15 @@ class StageReplica:
             block_size_tokens=spec.block_size_tokens,
             debug_kv=spec.debug_kv,
         )
-        with tqdm(desc=f"layers {layers}", unit="B", unit_scale=True, file=sys.stderr, mininterval=1.0) as bar:
+        hide = True if self._progress is not None else None  # None: a bar only on a terminal
+        with tqdm(desc=f"layers {layers}", unit="B", unit_scale=True, file=sys.stderr, disable=hide) as bar:
 
-            def progress(done: int, total: int) -> None:
+            def draw(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            load_weights(checkpoint, layers, runner.model.load_tensor, dtype=DTYPES[spec.dtype], progress=progress)
+            dtype, progress = DTYPES[spec.dtype], self._progress or draw
+            load_weights(checkpoint, layers, runner.model.load_tensor, dtype=dtype, progress=progress)
         missing = runner.model.missing()
         if missing:
             raise InternalError(

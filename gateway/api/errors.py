@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from gateway.api.request_id import current
 from stageline.errors import InternalError, StagelineError
 
 logger = logging.getLogger("stageline.gateway")
@@ -13,5 +14,9 @@ def as_typed(error: Exception, *, where: str) -> StagelineError:
     """A typed error as it is; any other becomes InternalError, with its traceback in the log and not in the answer."""
     if isinstance(error, StagelineError):
         return error
-    logger.error("%s failed", where, exc_info=error)
-    return InternalError("INTERNAL", f"{where} failed inside the server; its log has the cause", where=where)
+    name = current.get()
+    logger.error("request %s: %s failed", name, where, exc_info=error)
+    return InternalError(
+        "INTERNAL", f"{where} failed inside the server; its log has the cause under request {name}",
+        where=where, request_id=name,
+    )  # fmt: skip

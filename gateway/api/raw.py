@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.grammar import Constraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +25,19 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation: mappings with `role` and `content`, rendered with the model's chat template."""
+    """A conversation, rendered with the model's chat template.
 
-    messages: Sequence[Mapping[str, str]]
+    `messages` are mappings with `role` and `content` (which may be missing beside `tool_calls`), `tools` OpenAI's tool
+    objects. `tool_choice` is "auto", "none", "required" or the name of a function with `tool_name`.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str = "auto"
+    tool_name: str = ""
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -53,6 +66,9 @@ class RawRequest:
     model: str | None = None
     request_id: str = ""
     num_choices: int | None = None
+    best_of: int | None = None
+    echo: bool = False
+    constraint: Constraint | None = None
     priority: int | None = None
     deadline_s: float | None = None
     resume: RawResume | None = None

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from gateway.api.checks import check_token_ids
+from gateway.api.collect import Answer, collect
+from gateway.api.post import PostProcessor
 from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt
-from gateway.api.validate import check_served, validate
-from gateway.tokenizer import ChatTemplate, Tokenizer
-from gateway.types import (
-    ChoiceDelta,
-    FinishReason,
-    GenerateRequest,
-    ModelInfo,
-    PipelineStatus,
-    ReplicaStatus,
-    TokenLogprobs,
-)
+from gateway.api.tool_choice import with_tool_choice
+from gateway.api.validate import check_served, end_token_ids, validate
+from gateway.grammar import GrammarCompiler
+from gateway.tokenizer import ChatTemplate, Detokenizer, Tokenizer
+from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
 from stageline.errors import FailedPreconditionError
+
+logger = logging.getLogger("stageline.gateway.requests")
 
 # Longer texts are tokenized on a thread (the tokenizer releases the GIL), so that they do not hold up the streams.
 LONG_TEXT_CHARS = 16_384
@@ -48,12 +47,20 @@ class EngineLike(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """A request that passed its door. `created_s`: seconds since the epoch."""
+    """A request that passed its door. `created_s`: seconds since the epoch.
+
+    Of `request.num_choices` generated choices `num_returned` come back: the most probable ones. `show_logprobs`: the
+    client asked for them. `echo` is put before every choice's text. `parse_tools`: its text may hold tool calls.
+    """
 
     request: GenerateRequest
     created_s: int
+    num_returned: int = 1
+    show_logprobs: bool = True
+    echo: str = ""
+    parse_tools: bool = False
 
 
 class Frontend:
@@ -64,13 +71,31 @@ class Frontend:
     ) -> None:
         self.engine, self.tokenizer, self.chat_template, self.model = engine, tokenizer, chat_template, model
         self.started_s = int(time.time())
+        self._grammars = GrammarCompiler(tokenizer, model.vocab_size, end_token_ids(model))
 
     async def accept(self, raw: RawRequest) -> Accepted:
-        """Check and tokenize. Raises what `check_served`, `encode` and `validate` raise."""
+        """Check, tokenize, compile the grammar. Raises what `check_served`, `with_tool_choice`, `encode`, `validate` and
+        `GrammarCompiler.compile` raise."""
         check_served(raw, self.model)
         assert raw.prompt is not None
-        token_ids, _ = await self.encode(raw.prompt)
-        return Accepted(validate(raw, token_ids, self.model), int(time.time()))
+        raw, parse_tools = with_tool_choice(
+            raw, takes_tools=bool(self.chat_template and self.chat_template.takes_tools)
+        )
+        assert raw.prompt is not None
+        token_ids, text = await self.encode(raw.prompt)
+        ranked = raw.best_of is not None and raw.best_of > (raw.num_choices or 1)
+        show_logprobs = raw.num_logprobs is not None
+        request = validate(replace(raw, num_logprobs=0) if ranked and not show_logprobs else raw, token_ids, self.model)
+        if raw.constraint is not None:
+            request = replace(request, grammar=await self._grammars.compile(raw.constraint))
+        return Accepted(
+            request=request,
+            created_s=int(time.time()),
+            num_returned=(raw.num_choices or 1) if ranked else request.num_choices,
+            show_logprobs=show_logprobs,
+            echo=(text or self.tokenizer.decode(token_ids, skip_special_tokens=False)) if raw.echo else "",
+            parse_tools=parse_tools,
+        )
 
     async def encode(self, prompt: Prompt) -> tuple[tuple[int, ...], str]:
         """Token ids and the text they came from ("" for a prompt of ids).
@@ -97,17 +122,34 @@ class Frontend:
         """Deltas as they come. Close it (aclosing) to cancel the request."""
         # The engine returns an async generator; the protocol of two parts says only what both need.
         deltas = cast("AsyncGenerator[ChoiceDelta]", self.engine.generate(accepted.request))
-        async with aclosing(deltas):
-            async for delta in deltas:
-                yield delta
+        post = PostProcessor(echo=accepted.echo, parse_tools=accepted.parse_tools)
+        request = accepted.request
+        if request.resume_token_ids:
+            post.resume(request.first_choice, self._text_so_far(request))
+        started_s, num_tokens, outcome = time.monotonic(), 0, "cancelled"
+        try:
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    num_tokens += len(delta.token_ids)
+                    yield post.apply(delta)
+            outcome = "done"
+        except Exception as error:
+            outcome = getattr(error, "reason", type(error).__name__)
+            raise
+        finally:
+            logger.info(
+                "request %s: %s, %d prompt tokens, %d generated in %.3f s", request.request_id, outcome,
+                len(request.prompt_token_ids), num_tokens, time.monotonic() - started_s,
+            )  # fmt: skip
 
-    async def collect(self, accepted: Accepted) -> list[ChoiceDelta]:
-        """The whole answer: one delta a choice, in order of index."""
-        choices: dict[int, _Collected] = {}
+    async def collect(self, accepted: Accepted) -> Answer:
+        """The whole answer."""
         async with aclosing(self.stream(accepted)) as deltas:
-            async for delta in deltas:
-                choices.setdefault(delta.index, _Collected()).add(delta)
-        return [choices[index].whole(index) for index in sorted(choices)]
+            return await collect(deltas, accepted.num_returned, show_logprobs=accepted.show_logprobs)
+
+    def _text_so_far(self, request: GenerateRequest) -> str:
+        detokenizer = Detokenizer(self.tokenizer, request.sampling.skip_special_tokens)
+        return "".join(map(detokenizer.append, request.resume_token_ids))
 
     def _render(self, prompt: ChatPrompt) -> str:
         if self.chat_template is None:
@@ -116,35 +158,9 @@ class Frontend:
                 f"model {self.model.name!r} has no chat template; send the prompt as text or token ids",
                 field="messages", model=self.model.name,
             )  # fmt: skip
-        return self.chat_template.render(prompt.messages)
-
-
-@dataclass(slots=True)
-class _Collected:
-    """Deltas of one choice, put together."""
-
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    matched_stop: str = ""
-    cached_prompt_tokens: int = 0
-
-    def add(self, delta: ChoiceDelta) -> None:
-        self.texts.append(delta.text)
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
-        self.finish_reason = delta.finish_reason
-        self.matched_stop = delta.matched_stop
-        self.cached_prompt_tokens = delta.cached_prompt_tokens
-
-    def whole(self, index: int) -> ChoiceDelta:
-        return ChoiceDelta(
-            index=index,
-            text="".join(self.texts),
-            token_ids=tuple(self.token_ids),
-            logprobs=tuple(self.logprobs),
-            finish_reason=self.finish_reason,
-            matched_stop=self.matched_stop,
-            cached_prompt_tokens=self.cached_prompt_tokens,
+        return self.chat_template.render(
+            prompt.messages,
+            tools=prompt.tools or None,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
         )

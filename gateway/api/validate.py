@@ -6,11 +6,11 @@ given. Every error names the field as the client wrote it, the value, and what w
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 from gateway.api.checks import check_token_ids, count_at_most, fail, real, shown_name, whole
 from gateway.api.raw import RawRequest, RawResume
+from gateway.api.request_id import check_request_id, new_request_id
 from gateway.types import GenerateRequest, ModelInfo, SamplingParams
 from stageline.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError
 
@@ -19,7 +19,6 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
-MAX_REQUEST_ID_CHARS = 128
 MAX_SEED = 2**64 - 1
 
 
@@ -40,20 +39,30 @@ def check_served(raw: RawRequest, model: ModelInfo) -> None:
             raise UnimplementedError(
                 "PARAMETER_NOT_SERVED", f"{shown} is not served yet; leave it out", field=shown, value=value
             )
+    if raw.echo and raw.num_logprobs is not None:
+        shown = shown_name(raw, "echo")
+        raise UnimplementedError(
+            "PARAMETER_NOT_SERVED", f"{shown} with log-probabilities is not served yet; leave one of them out",
+            field=shown,
+        )  # fmt: skip
     if raw.prompt is None:
         fail(raw, "prompt", "PROMPT_MISSING", "is required: text, token ids or a conversation")
-    if len(raw.request_id) > MAX_REQUEST_ID_CHARS:
-        fail(
-            raw, "request_id", "REQUEST_ID_TOO_LONG", f"has {len(raw.request_id)} characters, the limit is "
-            f"{MAX_REQUEST_ID_CHARS}", length=len(raw.request_id), limit=MAX_REQUEST_ID_CHARS,
-        )  # fmt: skip
+    if raw.request_id:
+        check_request_id(raw.request_id, shown_name(raw, "request_id"))
 
 
 def validate(raw: RawRequest, prompt_token_ids: tuple[int, ...], model: ModelInfo) -> GenerateRequest:
     """The request, complete. Raises InvalidArgumentError, or FailedPreconditionError for a resume of another model."""
     _check_prompt(raw, prompt_token_ids, model)
     num_choices = whole(raw, "num_choices", raw.num_choices, 1, low=1, high=MAX_CHOICES)
-    resume = _check_resume(raw, raw.resume, num_choices, model) if raw.resume is not None else None
+    generated = whole(raw, "best_of", raw.best_of, num_choices, low=1, high=MAX_CHOICES)
+    if generated < num_choices:
+        fail(raw, "best_of", "BEST_OF_OUT_OF_RANGE", f"is {generated}, less than the {num_choices} choices asked for",
+             value=generated, num_choices=num_choices)  # fmt: skip
+    resume = _check_resume(raw, raw.resume, generated, model) if raw.resume is not None else None
+    if raw.constraint is not None and raw.ignore_eos:
+        fail(raw, "ignore_eos", "IGNORE_EOS_WITH_GRAMMAR",
+             f"cannot be used with {raw.constraint.field}: an end token is how such an answer ends")  # fmt: skip
     sampling = _sampling_params(raw, len(prompt_token_ids), model, None if resume is None else resume.seed)
     if resume is not None and len(resume.token_ids) > sampling.max_tokens:
         fail(
@@ -62,10 +71,10 @@ def validate(raw: RawRequest, prompt_token_ids: tuple[int, ...], model: ModelInf
             length=len(resume.token_ids), max_tokens=sampling.max_tokens,
         )  # fmt: skip
     return GenerateRequest(
-        request_id=raw.request_id or uuid.uuid4().hex,
+        request_id=raw.request_id or new_request_id(),
         prompt_token_ids=prompt_token_ids,
         sampling=sampling,
-        num_choices=num_choices,
+        num_choices=generated,
         first_choice=0 if resume is None else resume.choice_index,
         resume_token_ids=() if resume is None else tuple(resume.token_ids),
         deadline_s=raw.deadline_s,

@@ -6,23 +6,13 @@ import argparse
 import os
 from typing import Any
 
-from gateway.config import Config, fields, load
-
-# The only short flags; every other field is spelled --section.field-name.
-SHORT = {
-    "model": "model.path",
-    "dtype": "model.dtype",
-    "stages": "stages.count",
-    "layers": "stages.layers",
-    "grpc-port": "server.grpc_port",
-    "http-port": "server.http_port",
-}
+from gateway.config import SHORT_NAMES, Config, fields, load
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config, the short flags and one flag a field."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with sections of fields")
-    short = {field: flag for flag, field in SHORT.items()}
+    short = {field: flag.replace("_", "-") for flag, field in SHORT_NAMES.items()}
     for section, name, kind, description in fields():
         field = f"{section}.{name}"
         long = "--" + field.replace("_", "-")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -16,9 +15,9 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tqdm import tqdm
 
 from gateway.cli.options import add_config_arguments, config_from
+from gateway.cli.progress import Loads, Progress
 from gateway.cli.servers import register
 from gateway.config import Config
 from gateway.model import load_model
@@ -26,6 +25,7 @@ from gateway.planner.split import resolve_layers
 from stageline.errors import CheckpointError, ConfigError, InternalError, UnavailableError
 from stages.checkpoint import open_checkpoint
 
+_APPLICATION = "stageline"
 _READY = "stageline.inference.v1.InferenceService"
 
 
@@ -45,8 +45,11 @@ def run(args: argparse.Namespace) -> int:
     _handle_signals(_on_signal)
     record = None
     try:
-        _start(config)
-        _wait_ready(config)
+        _start_ray(config)
+        with Progress(_loads) as progress:
+            _deploy(config)
+            progress.wait_for("a pipeline")
+            _wait_ready(config)
         host = config.server.host
         record = register(f"{host}:{config.server.grpc_port}")
         print(
@@ -140,37 +143,60 @@ def _free_port(host: str, port: int, field: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(config: Config) -> None:
-    """Start Ray and the application; raises the stage's own error where one cannot start."""
+def _start_ray(config: Config) -> None:
     # A local cluster has no strangers to keep out, and a token file in the home directory would outlive it.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Serve's own chatter stays in its log files; what stages and gateway say comes through.
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    print("stageline: starting Ray", file=sys.stderr, flush=True)
     import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
+    _handle_signals(_on_signal)  # ray.init installs its own
+    serve.start(http_options={"host": config.server.host, "port": config.server.http_port})
+
+
+def _deploy(config: Config) -> None:
+    """Deploy the application; raises the stage's own error where one cannot start."""
     from ray import serve
 
     from gateway.app import application
 
-    print("stageline: starting Ray", file=sys.stderr, flush=True)
-    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
-    _handle_signals(_on_signal)  # ray.init installs its own
-    serve.start(http_options={"host": config.server.host, "port": config.server.http_port})
     try:
-        serve.run(application(config), name="stageline", route_prefix="/")
+        serve.run(application(config), name=_APPLICATION, route_prefix="/")
     except RuntimeError as error:
-        found = re.search(r"(stage \d+ \(layers [^)]*\) cannot start: .*?) <end>", str(error), re.DOTALL)
-        if found:
-            raise CheckpointError("STAGE_CANNOT_START", found.group(1)) from None
+        problem = _first_problem()
+        if problem:
+            raise CheckpointError("STAGE_CANNOT_START", problem) from None
         raise InternalError("DEPLOY_FAILED", f"Ray Serve could not deploy: {error}") from None
 
 
+def _loads() -> Loads:
+    from gateway.serve_adapter import start_reports
+
+    return {r["name"]: (r["done"], r["total"]) for r in start_reports(_APPLICATION) if "done" in r}
+
+
+def _first_problem() -> str:
+    """What the first stage that could not start says: one line, and the traceback of what we did not foresee."""
+    from gateway.serve_adapter import start_reports
+
+    for report in start_reports(_APPLICATION):
+        if "problem" in report:
+            return "\n".join(filter(None, [report["traceback"], report["problem"]]))
+    return ""
+
+
 def _wait_ready(config: Config) -> None:
-    """Wait until a canary has gone through every stage, with a progress bar on stderr."""
+    """Return when a canary has gone through every stage. Raises UnavailableError after `ready_timeout_s`."""
     deadline = time.monotonic() + config.server.ready_timeout_s
     address = f"{config.server.host}:{config.server.grpc_port}"
-    with (
-        grpc.insecure_channel(address) as channel,
-        tqdm(desc="waiting for a pipeline", bar_format="{desc} {elapsed}", file=sys.stderr) as bar,
-    ):
+    with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         while time.monotonic() < deadline:
             try:
@@ -179,7 +205,6 @@ def _wait_ready(config: Config) -> None:
                     return
             except grpc.RpcError:
                 pass  # the door opens when the gateway replica is up
-            bar.update()
             time.sleep(0.2)
     raise UnavailableError(
         "NOT_READY", f"no pipeline was ready within {config.server.ready_timeout_s} s; see the log above"

@@ -7,7 +7,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from stageline.errors import ConfigError
+import grpc
+
+from stageline.errors import ConfigError, StagelineError, UnavailableError
+from stageline.grpc_errors import from_rpc_error
 
 
 def _folder() -> Path:
@@ -40,6 +43,14 @@ def find() -> str:
             field="address",
         )
     return str(addresses[0])
+
+
+def failure(error: grpc.RpcError, address: str) -> StagelineError:
+    """The typed error of a failed call, or that the server at `address` does not answer."""
+    typed = from_rpc_error(error)
+    if typed.reason == grpc.StatusCode.UNAVAILABLE.name:  # no ErrorInfo: the transport's own words, not the server's
+        return UnavailableError("SERVER_UNREACHABLE", f"the server at {address} does not answer", address=address)
+    return typed
 
 
 def _alive(pid: int) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 
 import grpc
 
-from gateway.cli.servers import find
-from stageline.grpc_errors import from_rpc_error
+from gateway.cli.servers import failure, find
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
 
@@ -22,11 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask the server and print; exits 1 where it does not answer."""
-    with grpc.insecure_channel(args.address or find()) as channel:
+    address = args.address or find()
+    with grpc.insecure_channel(address) as channel:
         try:
             model = pb_grpc.InferenceServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=10)
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            raise failure(error, address) from None
     data = to_dict(model)
     print(json.dumps(data, indent=2) if args.output == "json" else table(data))
     return 0

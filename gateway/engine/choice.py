@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from gateway.grammar import RowMasks, allows_only
 from gateway.scheduler import Sequence
 from gateway.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
@@ -54,21 +55,41 @@ class ChoiceState:
             use_prefix_cache=request.use_prefix_cache,
             cache_salt=request.cache_salt,
         )
+        grammar = request.grammar
+        self._constrained = grammar is not None
         self._resume(request.resume_token_ids)
+        self.masks: RowMasks | None = None if grammar is None or self.ended else grammar.start(request.resume_token_ids)
 
     def move(self) -> None:
         """Leave the scheduler: what was generated so far goes on in a new sequence of the same number."""
         self.sequence = self.sequence.successor()
 
     def suppressed(self, output_position: int) -> tuple[int, ...]:
-        """Tokens that cannot be chosen yet: end tokens and stop ids before min_tokens."""
-        return self._suppressed if output_position < self.params.min_tokens else ()
+        """Tokens that cannot be chosen yet: end tokens and stop ids before min_tokens, unless a grammar allows no other."""
+        if output_position >= self.params.min_tokens:
+            return ()
+        if self.masks is not None and allows_only(self.allowed_tokens(), self._suppressed):
+            return ()
+        return self._suppressed
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
         """Take a generated token that the sequence already holds, send its delta, return whether the choice ended."""
         piece = self._advance(token_id, len(self.sequence.output_token_ids))
         self._send(piece, (token_id,), () if logprobs is None else (logprobs,))
+        if self.masks is not None and not self.ended:
+            self.masks.advance(token_id)
         return self.ended
+
+    def allowed_tokens(self) -> bytes:
+        """Bitmask of the tokens the grammar allows at this position; empty without a grammar, or where it failed, which
+        fails the request."""
+        if self.masks is None:
+            return b""
+        try:
+            return self.masks.ready.result()
+        except StagelineError as error:
+            self.fail(error)
+            return b""
 
     def fail(self, error: StagelineError) -> None:
         """End the whole request with an error."""
@@ -87,7 +108,8 @@ class ChoiceState:
     def _advance(self, token_id: int, num_output: int) -> _Piece:
         """Text and stops after one more token; `num_output` counts it. Nothing stops the first `min_tokens` tokens."""
         early = num_output <= self.params.min_tokens
-        stops = token_id in self._stop_ids and not early
+        # A grammar that allows nothing but an end token has ended, before min_tokens too.
+        stops = token_id in self._stop_ids and (self._constrained or not early)
         text = "" if stops and not self.params.include_stop_string else self._detokenizer.append(token_id)
         last = stops or len(self.sequence.prompt_token_ids) + num_output >= self.sequence.max_total_tokens
         if last:

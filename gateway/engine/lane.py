@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequence_
+from functools import partial
 
 from gateway.engine.choice import ChoiceState
 from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
+from gateway.grammar import Outbox
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from gateway.pipelines.pipeline import Pipeline
@@ -42,6 +44,7 @@ class Lane:
         self._make_scheduler, self._check_integrity = make_scheduler, check_integrity
         self._choices: dict[int, ChoiceState] = {}
         self._sent: dict[int, tuple[MicroBatch, float]] = {}  # by step id; when, on the monotonic clock
+        self._outbox = Outbox()
         self.num_tokens = 0
         """Tokens of requests since the pipeline was opened."""
         self._handling_s = 0.0  # what the last result took here, until the next step was sent
@@ -62,6 +65,7 @@ class Lane:
         """Claim and wire a chain. Every sequence waits to be computed again; `pump` makes them go on."""
         await pipeline.open(self._on_result, on_draining)
         self._sent.clear()
+        self._outbox.clear()
         self.num_tokens = 0
         if self.scheduler is None:
             self.scheduler = self._make_scheduler(pipeline)
@@ -161,8 +165,19 @@ class Lane:
         for sequence in self.scheduler.expire(now_s):
             self._choices.pop(sequence.sequence_id).fail(deadline_exceeded())
         while (batch := self.scheduler.schedule()) is not None:
-            self._sent[batch.step_id] = batch, now_s
-            self.pipeline.send(build_step(batch, self._choices))
+            # The choices of now: one may be cancelled while its micro-batch waits for a mask.
+            choices = {row.sequence.sequence_id: self._choices[row.sequence.sequence_id] for row in batch.rows}
+            outputs = (choices[row.sequence.sequence_id] for row in batch.rows if row.wants_output)
+            masks = [choice.masks.ready for choice in outputs if choice.masks is not None]
+            self._outbox.put(masks, partial(self._send, self.pipeline, batch, choices))
+
+    def _send(self, pipeline: Pipeline, batch: MicroBatch, choices: Mapping[int, ChoiceState]) -> None:
+        if pipeline is self.pipeline and not pipeline.broken.is_set():
+            self._sent[batch.step_id] = batch, time.monotonic()
+            pipeline.send(build_step(batch, choices))
+        for choice in choices.values():
+            if choice.ended:  # its grammar failed
+                self._drop(choice)
 
     def status(self) -> PipelineStatus:
         """For `stageline status`."""

@@ -31,13 +31,15 @@ def build_step(batch: MicroBatch, choices: Mapping[int, ChoiceState]) -> pb.Step
 def _sampling(row: ScheduledRow, choice: ChoiceState) -> pb.Sampling:
     register = row.needs_registration and choice.params.has_penalties()
     output = tuple(row.sequence.output_token_ids[: row.output_position])
-    return make_sampling(
+    sampling = make_sampling(
         choice.params,
         choice_index=choice.index,
         output_position=row.output_position,
         suppressed=choice.suppressed(row.output_position),
         registration=(row.sequence.prompt_token_ids, output) if register else None,
     )
+    sampling.allowed_token_bitmask = choice.allowed_tokens()
+    return sampling
 
 
 def _int32(values: Sequence[int]) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import meta
+
 from gateway.tokenizer.sandbox import BUDGET, MAX_CHARS, Budget, ChatEnvironment
 from gateway.tokenizer.tokenizer import Tokenizer
 from stageline.errors import CheckpointError, InvalidArgumentError
@@ -26,7 +28,7 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 class ChatTemplate:
-    """A compiled template."""
+    """A compiled template. `takes_tools`: whether it writes tools into the prompt at all."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         """`special_tokens` (`eos_token` → text, ...) are variables of the template.
@@ -35,7 +37,9 @@ class ChatTemplate:
         """
         self._special_tokens = dict(special_tokens or {})
         try:
-            self._template = ChatEnvironment().from_string(source)
+            environment = ChatEnvironment()
+            self._template = environment.from_string(source)
+            self.takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except Exception as error:  # whatever a damaged template does to the compiler
             raise CheckpointError(
                 "CHAT_TEMPLATE_INVALID", f"the model's chat template does not compile: {error}"

@@ -56,6 +56,10 @@ class Tokenizer:
         skipped = self.special_ids if skip_special_tokens else frozenset[int]()
         return b"".join(data for i, data in pieces if i not in skipped).decode("utf-8", errors="replace")
 
+    def to_json(self) -> str:
+        """The tokenizer in the form of tokenizer.json."""
+        return str(self._backend.to_str())
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, special or not; none for ids that only the model's embedding has.
 

@@ -118,6 +118,9 @@ class UnavailableError(StagelineError):
     code = "UNAVAILABLE"
     http_status = 503
 
+    def __init__(self, reason: str, message: str, /, *, retry_after_s: float = 1.0, **metadata: object) -> None:
+        super().__init__(reason, message, retry_after_s=retry_after_s, **metadata)
+
 
 class InternalError(StagelineError):
     """Our own failure."""

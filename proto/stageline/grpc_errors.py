@@ -27,11 +27,14 @@ _BY_CODE: dict[str, type[StagelineError]] = {
 }
 
 
-def to_status(error: StagelineError) -> status_pb2.Status:
-    """The status of an error: ErrorInfo always, BadRequest where a field is named, RetryInfo where a retry can succeed."""
+def to_status(error: StagelineError, request_id: str = "") -> status_pb2.Status:
+    """The status of an error: ErrorInfo always, RequestInfo where the request has a name, BadRequest where a field is at
+    fault, RetryInfo where a retry can succeed."""
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=errors.DOMAIN, metadata=error.metadata)]
+    if request_id:
+        details.append(error_details_pb2.RequestInfo(request_id=request_id))
     field = error.metadata.get("field")
-    if field is not None and isinstance(error, errors.InvalidArgumentError):
+    if field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=error.message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     retry_after_s = error.metadata.get("retry_after_s")

@@ -31,7 +31,9 @@ from gateway.types import (
 from stageline.errors import DeadlineExceededError, StagelineError
 
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MODEL = ModelInfo(name="tiny", fingerprint="f00d", max_context_tokens=512, vocab_size=260, eos_token_ids=(257,))
@@ -60,6 +62,8 @@ class FakeEngine:
     cached_prompt_tokens: tuple[int, ...] = (0, 0)  # by choice
     fail_after: int | None = None
     failure: Exception | None = None
+    finish_reason: FinishReason = FinishReason.LENGTH
+    logprobs: tuple[float, ...] = (-0.5,)  # of every token, by choice
     is_ready: bool = True
     requests: list[GenerateRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -105,9 +109,9 @@ class FakeEngine:
             index=request.first_choice + choice,
             text=done[1][len(done[0]) :],
             token_ids=(token,),
-            logprobs=() if count is None else (TokenLogprobs(token, -0.5, top),),
-            finish_reason=FinishReason.LENGTH if last else None,
-            cached_prompt_tokens=self.cached_prompt_tokens[choice],
+            logprobs=() if count is None else (TokenLogprobs(token, self.logprobs[choice % len(self.logprobs)], top),),
+            finish_reason=self.finish_reason if last else None,
+            cached_prompt_tokens=self.cached_prompt_tokens[choice % len(self.cached_prompt_tokens)],
         )
 
     async def _wait(self, request: GenerateRequest) -> None:
@@ -119,11 +123,18 @@ class FakeEngine:
 class Doors:
     """A Frontend over a FakeEngine with both doors open."""
 
-    def __init__(self, *, chat: bool = True, model: ModelInfo = MODEL) -> None:
+    def __init__(self, *, template: str | None = TEMPLATE, model: ModelInfo = MODEL) -> None:
         self.tokenizer = byte_tokenizer()
         self.engine = FakeEngine(self.tokenizer)
-        self.frontend = Frontend(self.engine, self.tokenizer, ChatTemplate(TEMPLATE) if chat else None, model)
+        self.frontend = Frontend(
+            self.engine, self.tokenizer, None if template is None else ChatTemplate(template), model
+        )
         self.http = self.grpc = ""
+
+    def says(self, answer: str) -> int:
+        """Let the engine say this and stop of itself; returns the max_tokens that makes it so."""
+        self.engine.answer, self.engine.finish_reason = answer, FinishReason.STOP
+        return len(self.tokenizer.encode(answer))
 
     async def until_cancelled(self, count: int = 1) -> None:
         """Fails unless the engine sees `count` closed requests soon."""

@@ -44,7 +44,10 @@ async def failure(call) -> tuple[grpc.aio.AioRpcError, dict[type, object]]:
         await call
     details = {}
     for box in rpc_status.from_call(caught.value).details:
-        for kind in (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo):
+        for kind in (
+            error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo,
+            error_details_pb2.RequestInfo,
+        ):  # fmt: skip
             message = kind()
             if box.Unpack(message):
                 details[kind] = message
@@ -138,7 +141,7 @@ async def test_bad_field_is_named_by_its_path(stub):
         ({"priority": 1}, "UNIMPLEMENTED", "PARAMETER_NOT_SERVED"),
         ({"output": gen.OutputOptions(num_prompt_logprobs=0)}, "UNIMPLEMENTED", "PARAMETER_NOT_SERVED"),
         ({"text": "x" * 512}, "INVALID_ARGUMENT", "CONTEXT_LENGTH_EXCEEDED"),
-        ({"request_id": "x" * 129}, "INVALID_ARGUMENT", "REQUEST_ID_TOO_LONG"),
+        ({"request_id": "x" * 129}, "INVALID_ARGUMENT", "REQUEST_ID_INVALID"),
     ],
 )
 async def test_refusals(stub, fields, code, reason):
@@ -159,7 +162,7 @@ async def test_no_prompt_and_bytes_that_are_no_message(doors, stub):
 
 
 async def test_no_chat_template():
-    async with open_doors(Doors(chat=False)) as doors, grpc.aio.insecure_channel(doors.grpc) as channel:
+    async with open_doors(Doors(template=None)) as doors, grpc.aio.insecure_channel(doors.grpc) as channel:
         conversation = gen.Conversation(messages=[gen.Message(role="user", content="yo")])
         call = pb_grpc.InferenceServiceStub(channel).Tokenize(pb.TokenizeRequest(conversation=conversation))
         _, details = await failure(call)

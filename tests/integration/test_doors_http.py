@@ -197,11 +197,11 @@ async def test_extra_sampling_fields_reach_the_engine(client, doors):
         ({"logit_bias": {"x": 1}}, None, "parameter_invalid"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options_without_stream"),
         ({"temprature": 1}, "temprature", "unknown_parameter"),
-        ({"echo": True}, "echo", "parameter_not_served"),
-        ({"echo": 0}, "echo", "parameter_not_served"),
-        ({"best_of": 2}, "best_of", "parameter_not_served"),
         ({"suffix": "x"}, "suffix", "parameter_not_served"),
-        ({"guided_json": {}}, "guided_json", "parameter_not_served"),
+        ({"echo": 0}, "echo", "parameter_invalid"),
+        ({"echo": True, "logprobs": 1}, "echo", "parameter_not_served"),
+        ({"best_of": 2, "n": 3}, "best_of", "best_of_out_of_range"),
+        ({"best_of": 2, "stream": True}, "best_of", "best_of_streamed"),
         ({"priority": 3}, "priority", "parameter_not_served"),
         ({"prompt_logprobs": 1}, "prompt_logprobs", "parameter_not_served"),
     ],
@@ -227,8 +227,10 @@ async def test_completion_refusals(web, doors, change, param, code):
             None,
             "content_not_served",
         ),
-        ({"tools": [{"type": "function"}]}, "tools", "parameter_not_served"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "parameter_not_served"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "parameter_missing"),
+        ({"tool_choice": "required"}, "tool_choice", "tool_choice_without_tools"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "content_missing"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", None),
         ({"top_logprobs": 1}, "top_logprobs", "top_logprobs_without_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "num_logprobs_out_of_range"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "max_tokens_twice"),
@@ -286,7 +288,7 @@ async def test_unknown_paths_and_models(client, web):
 
 
 async def test_no_chat_template():
-    async with open_doors(Doors(chat=False)) as doors, httpx.AsyncClient(base_url=doors.http) as web:
+    async with open_doors(Doors(template=None)) as doors, httpx.AsyncClient(base_url=doors.http) as web:
         answer = await web.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_chat_template")
 
@@ -306,7 +308,7 @@ async def test_errors_before_the_first_token_have_their_status(client, doors, ra
     with pytest.raises(kind) as caught:
         await client.completions.create(model="tiny", prompt="a", stream=stream)
     assert caught.value.status_code == status
-    assert caught.value.response.headers.get("retry-after") == ("2" if status == 429 else None)
+    assert caught.value.response.headers.get("retry-after") == {429: "2", 503: "1"}.get(status)
     assert "secret" not in caught.value.response.text
 
 

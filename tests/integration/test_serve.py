@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_openai_client(server: Server) -> None:
         ("completions", b'{"prompt": ""}', 400, "prompt"),
         ("completions", b'{"prompt": "x", "max_tokens": 512}', 400, "512"),
         ("completions", b'{"prompt": "x", "suffix": "y"}', 400, "suffix"),
-        ("completions", b'{"prompt": "x", "echo": true}', 400, "echo"),
+        ("completions", b'{"prompt": "x", "echo": true, "logprobs": 1}', 400, "echo"),
         ("completions", b'{"prompt": "\xff"}', 400, "UTF-8"),
         ("completions", b'{"prompt": ', 400, "JSON"),
         ("chat/completions", b'{"messages": [{"role": "king", "content": "x"}]}', 400, "king"),
@@ -221,6 +222,17 @@ def test_serve_names_the_stage_whose_tensors_are_missing(tmp_path) -> None:
     assert done.returncode == 2
     assert "stage 1" in done.stderr
     assert shard.name in done.stderr
+
+
+def test_serve_names_a_stage_that_fails_while_it_starts(tmp_path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    done = cli("serve", "--model", str(folder), "--stages", "2", "--grpc-port", "0", "--http-port", "0",
+               "--kv-cache.memory-bytes", "1000")  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"stageline serve: stage [01] \(layers \d-\d\) cannot start: KV_CACHE_TOO_SMALL: 1000 bytes", last)
+    assert "Traceback" not in done.stderr
+    assert "\r" not in done.stderr  # no bars where there is no terminal
 
 
 def test_a_taken_port_and_a_missing_model_are_named(tmp_path) -> None:

@@ -19,6 +19,12 @@ async def test_cancelled_in_a_write_closes_the_generator_at_once():
             closed.append(True)
 
     class Context:
+        def invocation_metadata(self):
+            return ()
+
+        async def send_initial_metadata(self, metadata):
+            pass
+
         async def write(self, message):
             writing.set()
             await asyncio.Event().wait()

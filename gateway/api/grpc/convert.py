@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gateway.api.raw import ChatPrompt, Prompt, RawRequest, RawResume, TextPrompt, TokenPrompt
+from gateway.api import request_id
+from gateway.api.grpc.conversation import chat_prompt
+from gateway.api.raw import Prompt, RawRequest, RawResume, TextPrompt, TokenPrompt
 from gateway.api.service import Accepted
+from gateway.grammar import Constraint
 from gateway.tokenizer import Tokenizer
 from gateway.types import ChoiceDelta, FinishReason, ModelInfo, PipelineStatus, ReplicaStatus, TokenLogprobs
+from stageline.errors import InvalidArgumentError
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 
 # Our field → the path a client of the protocol knows.
 NAMES = {
-    **{name: f"generation.{name}" for name in ("model", "prompt", "request_id", "num_choices", "priority")},
+    **{name: f"generation.{name}" for name in ("model", "prompt", "request_id", "num_choices", "priority", "best_of")},
+    **{name: f"generation.conversation.{name}" for name in ("tools", "tool_choice")},
+    "echo": "generation.output.echo_prompt",
     **{f"resume.{name}": f"generation.resume.{name}" for name in RawResume.__dataclass_fields__},
     **{name: f"generation.sampling.{name}" for name in gen.SamplingParams.DESCRIPTOR.fields_by_name},
     **{name: f"generation.stop.{name}" for name in gen.StopConditions.DESCRIPTOR.fields_by_name},
@@ -24,6 +30,7 @@ _FINISH = {
     None: gen.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: gen.FINISH_REASON_STOP,
     FinishReason.LENGTH: gen.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: gen.FINISH_REASON_TOOL_CALLS,
 }
 
 
@@ -34,9 +41,12 @@ def raw_request(generation: gen.Generation, deadline_s: float | None) -> RawRequ
     return RawRequest(
         prompt=prompt_of(generation),
         model=generation.model or None,
-        request_id=generation.request_id,
+        request_id=generation.request_id or request_id.current.get(),
         num_choices=_optional(generation, "num_choices"),
         priority=generation.priority,
+        best_of=_optional(generation, "best_of"),
+        constraint=constraint_of(generation.constraint) if generation.HasField("constraint") else None,
+        echo=output.echo_prompt,
         deadline_s=deadline_s,
         resume=resume
         and RawResume(
@@ -73,11 +83,33 @@ def prompt_of(message: gen.Generation | pb.TokenizeRequest) -> Prompt | None:
     if kind == "text":
         return TextPrompt(message.text)
     if kind == "conversation":
-        return ChatPrompt([{"role": m.role, "content": m.content} for m in message.conversation.messages])
+        path = "generation.conversation" if isinstance(message, gen.Generation) else "conversation"
+        return chat_prompt(message.conversation, path)
     if kind == "token_ids":
         assert isinstance(message, gen.Generation)
         return TokenPrompt(tuple(message.token_ids.ids))
     return None
+
+
+def constraint_of(message: gen.Constraint) -> Constraint:
+    """Raises InvalidArgumentError where no form is set."""
+    form = message.WhichOneof("form")
+    field = f"generation.constraint.{form}"
+    if form == "json_schema":
+        return Constraint("json_schema", message.json_schema, field)
+    if form == "json_object" and message.json_object:
+        return Constraint.json_object(field)
+    if form == "regex":
+        return Constraint("regex", message.regex, field)
+    if form == "grammar":
+        return Constraint("grammar", message.grammar, field)
+    if form == "choice":
+        return Constraint.choice(list(message.choice.texts), field)
+    raise InvalidArgumentError(
+        "CONSTRAINT_MISSING",
+        "generation.constraint needs a form; json_object must be true",
+        field="generation.constraint",
+    )
 
 
 def start(accepted: Accepted, model: ModelInfo) -> gen.GenerationStart:
@@ -101,6 +133,10 @@ def choice_delta(delta: ChoiceDelta, tokenizer: Tokenizer) -> gen.ChoiceDelta:
         logprobs=[_token_logprobs(entry, tokenizer) for entry in delta.logprobs],
         finish_reason=_FINISH[delta.finish_reason],
         matched_stop=delta.matched_stop,
+        tool_calls=[
+            gen.ToolCallDelta(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
+            for call in delta.tool_calls
+        ],
     )
 
 

@@ -1,4 +1,4 @@
-"""Around every method: typed errors become rich statuses, and a cancelled call has closed its generator at once."""
+"""Around every method: the request's name, typed errors as rich statuses, a cancelled call's generator closed at once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
+from gateway.api import request_id
 from gateway.api.errors import as_typed
 from stageline.errors import InvalidArgumentError
 from stageline.grpc_errors import to_status
@@ -21,6 +22,9 @@ if TYPE_CHECKING:  # generic in the stubs, not when it runs
     _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
 else:
     _Interceptor = grpc.aio.ServerInterceptor
+
+
+COMPRESS_BYTES = 16 * 1024  # answers this long are worth gzip; a stream's messages never are
 
 
 class TypedErrors(_Interceptor):
@@ -59,10 +63,16 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def _unary(method: Callable[[Any, Any], Awaitable[Any]], name: str) -> Callable[[Any, Any], Awaitable[Any]]:
     async def call(request: Any, context: Any) -> Any:
+        metadata = _name(request, context)
         try:
-            return await method(_checked(request), context)
+            response = await method(_checked(request), context)
         except Exception as error:
+            await context.send_initial_metadata(metadata)
             await _abort(context, error, name)
+        if response.ByteSize() >= COMPRESS_BYTES:
+            context.set_compression(grpc.Compression.Gzip)  # gRPC sends it plain to clients that cannot read gzip
+        await context.send_initial_metadata(metadata)
+        return response
 
     return call
 
@@ -73,6 +83,7 @@ def _stream(method: Callable[[Any, Any], Any], name: str) -> Callable[[Any, Any]
     assert inspect.isasyncgenfunction(method)
 
     async def call(request: Any, context: Any) -> None:
+        await context.send_initial_metadata(_name(request, context))
         try:
             async with aclosing(method(_checked(request), context)) as responses:
                 async for response in responses:
@@ -81,6 +92,21 @@ def _stream(method: Callable[[Any, Any], Any], name: str) -> Callable[[Any, Any]
             await _abort(context, error, name)
 
     return call
+
+
+def _name(request: Any, context: Any) -> tuple[tuple[str, str]]:
+    """Name the request: by its own field, the call's metadata, or at random. Returns the metadata that tells the client.
+
+    A name that cannot stand in a header is passed over; a door refuses it where it is the request's own field.
+    """
+    given = dict(context.invocation_metadata() or ()).get(request_id.HEADER)
+    name = getattr(getattr(request, "generation", None), "request_id", "") or given
+    try:
+        name = request_id.check_request_id(str(name)) if name else request_id.new_request_id()
+    except InvalidArgumentError:
+        name = request_id.new_request_id()
+    request_id.current.set(name)
+    return ((request_id.HEADER, name),)
 
 
 def _checked(request: Any) -> Any:
@@ -92,4 +118,6 @@ def _checked(request: Any) -> Any:
 async def _abort(context: Any, error: Exception, name: str) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    await context.abort_with_status(rpc_status.to_status(to_status(as_typed(error, where=name))))
+    await context.abort_with_status(
+        rpc_status.to_status(to_status(as_typed(error, where=name), request_id.current.get()))
+    )

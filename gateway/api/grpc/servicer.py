@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from gateway.api.checks import fail
 from gateway.api.grpc import convert
 from gateway.api.service import Frontend
 from gateway.api.validate import end_token_ids
@@ -25,15 +26,11 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """A whole answer."""
         frontend = self._frontend
         accepted = await frontend.accept(convert.raw_request(request.generation, _deadline_s(context)))
-        choices = await frontend.collect(accepted)
+        answer = await frontend.collect(accepted)
         return pb.GenerateResponse(
             start=convert.start(accepted, frontend.model),
-            choices=[convert.choice_delta(choice, frontend.tokenizer) for choice in choices],
-            usage=convert.usage(
-                accepted,
-                sum(len(choice.token_ids) for choice in choices),
-                min(choice.cached_prompt_tokens for choice in choices),
-            ),
+            choices=[convert.choice_delta(choice, frontend.tokenizer) for choice in answer.choices],
+            usage=convert.usage(accepted, answer.completion_tokens, answer.cached_prompt_tokens),
         )
 
     async def StreamGenerate(
@@ -41,7 +38,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         """One `start` as soon as the request is accepted, deltas, one `usage`."""
         frontend = self._frontend
-        accepted = await frontend.accept(convert.raw_request(request.generation, _deadline_s(context)))
+        raw = convert.raw_request(request.generation, _deadline_s(context))
+        if raw.best_of is not None and raw.best_of > (raw.num_choices or 1):
+            fail(raw, "best_of", "BEST_OF_STREAMED", "over num_choices cannot be streamed; use Generate")
+        accepted = await frontend.accept(raw)
         yield pb.StreamGenerateResponse(start=convert.start(accepted, frontend.model))
         completion_tokens, cached_tokens = 0, len(accepted.request.prompt_token_ids)
         async with aclosing(frontend.stream(accepted)) as deltas:
@@ -57,7 +57,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         if prompt is None:
             raise InvalidArgumentError("PROMPT_MISSING", "prompt is required: text or a conversation", field="prompt")
         token_ids, text = await self._frontend.encode(prompt)
-        return pb.TokenizeResponse(token_ids=token_ids, text=text)
+        pieces = [self._frontend.tokenizer.token_bytes(i) for i in token_ids] if request.return_token_bytes else ()
+        return pb.TokenizeResponse(token_ids=token_ids, text=text, token_bytes=pieces)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """Text of token ids."""
@@ -68,12 +69,16 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         """The model and what serves it."""
         model, engine = self._frontend.model, self._frontend.engine
+        template, tokenizer = self._frontend.chat_template, self._frontend.tokenizer
         return pb.GetModelResponse(
             name=model.name,
             fingerprint=model.fingerprint,
             max_context_tokens=model.max_context_tokens,
             vocab_size=model.vocab_size,
-            has_chat_template=self._frontend.chat_template is not None,
+            has_chat_template=template is not None,
+            chat_template=tokenizer.chat_template or "",
+            special_tokens=tokenizer.special_tokens,
+            takes_tools=template is not None and template.takes_tools,
             pipelines=convert.pipelines(engine.pipelines()),
             spares=[convert.replica(status) for status in engine.spares()],
             eos_token_ids=end_token_ids(model),

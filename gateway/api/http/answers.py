@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from gateway.api.collect import Answer
 from gateway.api.service import Accepted
 from gateway.tokenizer import Detokenizer, Tokenizer
-from gateway.types import ChoiceDelta, ModelInfo, TokenLogprobs
+from gateway.types import ChoiceDelta, ModelInfo, TokenLogprobs, ToolCallDelta
 
 
 class AnswerWriter:
@@ -27,25 +28,27 @@ class AnswerWriter:
         # Of each prompt, the tokens that no choice had to compute.
         self._cached_tokens = [len(one.request.prompt_token_ids) for one in accepted]
 
-    def chunk(self, delta: ChoiceDelta, index: int, *, with_usage: bool) -> dict[str, Any] | None:
+    def chunk(
+        self, delta: ChoiceDelta, index: int, *, with_usage: bool, continuous: bool = False
+    ) -> dict[str, Any] | None:
         """One streamed object; None where there is nothing to say yet. `index`: the choice's, over all prompts."""
         self._completion_tokens += len(delta.token_ids)
         self._count_cached(delta, index)
         choice = self._chunk_choice(delta, index)
         if choice is None:
             return None
-        usage = {"usage": None} if with_usage else {}
+        usage = {"usage": self._usage() if continuous else None} if with_usage else {}
         return {**self._envelope(self.chunk_object, [choice]), **usage}
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last object of a stream with `include_usage`."""
         return {**self._envelope(self.chunk_object, []), "usage": self._usage()}
 
-    def whole(self, choices: Sequence[ChoiceDelta]) -> dict[str, Any]:
-        """The answer in one piece; a choice's index is its place."""
-        self._completion_tokens = sum(len(choice.token_ids) for choice in choices)
-        for index, choice in enumerate(choices):
-            self._count_cached(choice, index)
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The answers to all prompts in one piece; a choice's index is its place."""
+        self._completion_tokens = sum(answer.completion_tokens for answer in answers)
+        self._cached_tokens = [answer.cached_prompt_tokens for answer in answers]
+        choices = [choice for answer in answers for choice in answer.choices]
         written = [self._whole_choice(choice, index) for index, choice in enumerate(choices)]
         return {**self._envelope(self.whole_object, written), "usage": self._usage()}
 
@@ -91,18 +94,23 @@ class ChatWriter(AnswerWriter):
         self._begun: set[int] = set()
 
     def _chunk_choice(self, delta: ChoiceDelta, index: int) -> dict[str, Any] | None:
-        content: dict[str, str] = {}
+        content: dict[str, Any] = {}
         if index not in self._begun:
             content = {"role": "assistant", "content": delta.text}
         elif delta.text:
             content = {"content": delta.text}
+        if delta.tool_calls:
+            content["tool_calls"] = [{"index": call.index, **_tool_call(call)} for call in delta.tool_calls]
         if not content and not delta.logprobs and delta.finish_reason is None:
             return None
         self._begun.add(index)
         return self._choice("delta", content, delta, index)
 
     def _whole_choice(self, choice: ChoiceDelta, index: int) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.tool_calls:
+            message["content"] = choice.text or None
+            message["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
         return self._choice("message", message, choice, index)
 
     def _choice(self, key: str, content: dict[str, Any], delta: ChoiceDelta, index: int) -> dict[str, Any]:
@@ -181,3 +189,10 @@ def _offset_counter(tokenizer: Tokenizer, skip_special_tokens: bool) -> Callable
 
 def _finish(delta: ChoiceDelta) -> str | None:
     return None if delta.finish_reason is None else delta.finish_reason.value
+
+
+def _tool_call(call: ToolCallDelta) -> dict[str, Any]:
+    """The first piece of a call has its id and name, the others only more of its arguments."""
+    if not call.id:
+        return {"function": {"arguments": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -4,23 +4,26 @@ be pickled), and without a lifespan, as Serve's ingress needs it."""
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import Response
 
+from gateway.api import request_id
+from gateway.api.collect import Answer
+from gateway.api.http import documents, tokenizer_api
 from gateway.api.http.answers import AnswerWriter, ChatWriter, CompletionWriter
-from gateway.api.http.bodies import ChatBody, CompletionBody
+from gateway.api.http.bodies import CompletionBody
 from gateway.api.http.body_limit import BodyLimit
+from gateway.api.http.chat_body import ChatBody
 from gateway.api.http.errors import install
 from gateway.api.http.merge import merged
+from gateway.api.http.request_ids import RequestIds
 from gateway.api.http.responses import AnswerResponse
 from gateway.api.service import Accepted, Frontend
-from gateway.types import ChoiceDelta
-from stageline.errors import InvalidArgumentError
+from stageline.errors import InvalidArgumentError, NotFoundError
 
 MAX_BODY_BYTES = 16 * 2**20
 DEADLINE_HEADER = "x-request-timeout-s"
@@ -28,69 +31,90 @@ DEADLINE_HEADER = "x-request-timeout-s"
 
 def create_http_app(frontend_getter: Callable[[], Frontend]) -> FastAPI:
     """The application; `frontend_getter` is called for each request, so the Frontend may come later than the application."""
-    app = FastAPI(title="Stageline", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Stageline", version=documents.VERSION, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES)
+    app.add_middleware(RequestIds)  # added last, so outermost: errors of the others have the id too
     install(app)
+    app.include_router(_generation(frontend_getter))
+    app.include_router(tokenizer_api.router(frontend_getter))
+    documents.install(app)
 
     @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
+    async def healthz() -> documents.Status:
         """The process is alive."""
-        return {"status": "alive"}
+        return documents.Status(status="alive")
 
-    @app.get("/readyz")
-    async def readyz() -> JSONResponse:
+    @app.get("/readyz", responses=documents.not_ready())
+    async def readyz(response: Response) -> documents.Status:
         """A pipeline can serve: 200, else 503."""
         ready = frontend_getter().engine.ready()
-        return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
+        response.status_code = 200 if ready else 503
+        return documents.Status(status="ready" if ready else "not ready")
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    return app
+
+
+def _generation(frontend_getter: Callable[[], Frontend]) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def models() -> documents.ModelList:
         """The one model."""
-        frontend = frontend_getter()
-        model = {
-            "id": frontend.model.name,
-            "object": "model",
-            "created": frontend.started_s,
-            "owned_by": "stageline",
-            "max_model_len": frontend.model.max_context_tokens,
-        }
-        return {"object": "list", "data": [model]}
+        return documents.ModelList(data=[_model(frontend_getter())])
 
-    @app.post("/v1/completions")
+    @router.get("/v1/models/{model:path}", responses=documents.errors(404))
+    async def retrieve_model(model: str) -> documents.Model:
+        """The one model, by name."""
+        frontend = frontend_getter()
+        if model != frontend.model.name:
+            raise NotFoundError(
+                "MODEL_NOT_FOUND", f"model {model[:128]!r} is not served here; this server has {frontend.model.name!r}",
+                field="model", model=model[:128], served=frontend.model.name,
+            )  # fmt: skip
+        return _model(frontend)
+
+    @router.post("/v1/completions", **documents.generation(documents.Completion, documents.CompletionChunk))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one prompt or several."""
         return await _answer(frontend_getter(), body, request, CompletionWriter, "cmpl")
 
-    @app.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", **documents.generation(documents.ChatCompletion, documents.ChatChunk))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         return await _answer(frontend_getter(), body, request, ChatWriter, "chatcmpl")
 
-    return app
+    return router
+
+
+def _model(frontend: Frontend) -> documents.Model:
+    return documents.Model(
+        id=frontend.model.name, created=frontend.started_s, max_model_len=frontend.model.max_context_tokens
+    )
 
 
 async def _answer(
     frontend: Frontend, body: CompletionBody | ChatBody, request: Request, writer_class: type[AnswerWriter], prefix: str
 ) -> Response:
     body.check()
-    response_id = f"{prefix}-{uuid.uuid4().hex}"
-    raws = body.raw_requests(response_id, _deadline_s(request))
+    response_id = f"{prefix}-{request_id.current.get()}"
+    raws = body.raw_requests(request_id.current.get(), _deadline_s(request))
     accepted = [await frontend.accept(raw) for raw in raws]
     writer = writer_class(response_id, accepted, frontend.model, frontend.tokenizer)
     if body.stream:
-        objects = _chunks(frontend, accepted, writer, with_usage=body.include_usage())
+        objects = _chunks(frontend, accepted, writer, *body.usage_chunks())
     else:
         objects = _whole(frontend, accepted, writer)
     return AnswerResponse(objects, streamed=bool(body.stream), where=f"{request.method} {request.url.path}")
 
 
 async def _chunks(
-    frontend: Frontend, accepted: list[Accepted], writer: AnswerWriter, *, with_usage: bool
+    frontend: Frontend, accepted: list[Accepted], writer: AnswerWriter, with_usage: bool, continuous: bool
 ) -> AsyncGenerator[dict[str, Any]]:
     num_choices = accepted[0].request.num_choices
     async with aclosing(merged([frontend.stream(one) for one in accepted])) as deltas:
         async for place, delta in deltas:
-            chunk = writer.chunk(delta, place * num_choices + delta.index, with_usage=with_usage)
+            index = place * num_choices + delta.index
+            chunk = writer.chunk(delta, index, with_usage=with_usage, continuous=continuous)
             if chunk is not None:
                 yield chunk
     if with_usage:
@@ -98,14 +122,14 @@ async def _chunks(
 
 
 async def _whole(frontend: Frontend, accepted: list[Accepted], writer: AnswerWriter) -> AsyncGenerator[dict[str, Any]]:
-    async def one(single: Accepted) -> AsyncGenerator[list[ChoiceDelta]]:
+    async def one(single: Accepted) -> AsyncGenerator[Answer]:
         yield await frontend.collect(single)
 
-    answers: list[list[ChoiceDelta]] = [[] for _ in accepted]
+    answers: dict[int, Answer] = {}
     async with aclosing(merged([one(single) for single in accepted])) as collected:
-        async for place, choices in collected:
-            answers[place] = choices
-    yield writer.whole([choice for choices in answers for choice in choices])
+        async for place, answer in collected:
+            answers[place] = answer
+    yield writer.whole([answers[place] for place in range(len(accepted))])
 
 
 def _deadline_s(request: Request) -> float | None:

@@ -5,83 +5,70 @@ A parameter is served, or known and refused by name unless it asks for nothing (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
+from gateway.api.http.body import Body, NoOps
+from gateway.api.http.structured import StructuredFields
 from gateway.api.raw import Prompt, RawRequest
-from stageline.errors import InvalidArgumentError, UnimplementedError
+from gateway.api.validate import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_SEED, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from stageline.errors import InvalidArgumentError
 
-NoOps = Mapping[str, tuple[Any, ...]]  # parameter that is not served → values that ask for nothing, beside null
-
+NAMES = {"num_choices": "n", "stop_strings": "stop", "request_id": "x-request-id"}  # ours → the client's
 NO_OPS: NoOps = {
-    "add_special_tokens": (False,),
+    "add_special_tokens": (False, True),  # these tokenizers have none to add
     "bad_words": ([],),
     "cache_salt": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "metadata": ({},),
     "priority": (0,),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 
 
-class Body(BaseModel):
-    """A JSON object without surprises: no coercion, no unknown fields; null is "not given"."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    no_ops: ClassVar[NoOps] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_by_name(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name in cls.no_ops.keys() & data.keys():
-            value = data[name]
-            if value is not None and not any(_same(value, idle) for idle in cls.no_ops[name]):
-                raise UnimplementedError("PARAMETER_NOT_SERVED", f"{name} is not served yet; leave it out", field=name)
-        return {name: value for name, value in data.items() if name not in cls.no_ops}
+def says(**bounds: Any) -> Any:
+    """Bounds for the OpenAPI document; gateway.api.validate checks them, for both doors, with our own words."""
+    return Field(json_schema_extra=bounds)
 
 
 class StreamOptions(Body):
     """What a stream carries besides choices."""
 
-    no_ops: ClassVar[NoOps] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+    no_ops: ClassVar[NoOps] = {"include_obfuscation": (False,)}
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Body):
+class GenerationBody(Body, StructuredFields):
     """What both endpoints take."""
 
     model: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], float] | None = None
-    seed: int | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    temperature: Annotated[float | None, says(minimum=0)] = None
+    top_p: Annotated[float | None, says(exclusiveMinimum=0, maximum=1)] = None
+    top_k: Annotated[int | None, says(minimum=-1, maximum=2**31 - 1)] = None
+    min_p: Annotated[float | None, says(minimum=0, maximum=1)] = None
+    repetition_penalty: Annotated[float | None, says(exclusiveMinimum=0)] = None
+    frequency_penalty: Annotated[float | None, says(minimum=-2, maximum=2)] = None
+    presence_penalty: Annotated[float | None, says(minimum=-2, maximum=2)] = None
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], float] | None, says(maxProperties=MAX_LOGIT_BIAS)
+    ] = None
+    seed: Annotated[int | None, says(minimum=0, maximum=MAX_SEED)] = None
+    n: Annotated[int | None, says(minimum=1, maximum=MAX_CHOICES)] = None
+    max_tokens: Annotated[int | None, says(minimum=1)] = None
+    min_tokens: Annotated[int | None, says(minimum=0)] = None
+    stop: Annotated[str | list[str] | None, says(maxItems=MAX_STOP_STRINGS)] = None
+    stop_token_ids: Annotated[list[int] | None, says(maxItems=MAX_STOP_TOKEN_IDS)] = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -96,9 +83,10 @@ class GenerationBody(Body):
                 "STREAM_OPTIONS_WITHOUT_STREAM", "stream_options needs stream: true", field="stream_options"
             )
 
-    def include_usage(self) -> bool:
-        """Whether the stream ends with a chunk of usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def usage_chunks(self) -> tuple[bool, bool]:
+        """Whether the stream ends with a chunk of usage, and whether every chunk before it counts too."""
+        options = self.stream_options or StreamOptions()
+        return bool(options.include_usage), bool(options.include_usage and options.continuous_usage_stats)
 
     def make_raw(self, prompt: Prompt, request_id: str, deadline_s: float | None, **fields: Any) -> RawRequest:
         """The fields of this class, and `fields` of the endpoint's own."""
@@ -108,6 +96,7 @@ class GenerationBody(Body):
             request_id=request_id,
             deadline_s=deadline_s,
             num_choices=self.n,
+            constraint=self.constraint(),
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's other spelling of "all"
@@ -124,8 +113,3 @@ class GenerationBody(Body):
             skip_special_tokens=self.skip_special_tokens,
             **fields,
         )
-
-
-def _same(value: object, idle: object) -> bool:
-    # In Python 0 == False and 1 == True; in JSON a number is no boolean.
-    return value == idle and isinstance(value, bool) == isinstance(idle, bool)

@@ -4,7 +4,8 @@ isort:skip_file
 The public protocol of Stageline.
 
 Errors are gRPC statuses with one google.rpc.ErrorInfo (reason in UPPER_SNAKE, domain "stageline.dev", metadata with
-every variable of the message), plus BadRequest for a wrong field and RetryInfo where a retry can succeed.
+every variable of the message), RequestInfo with the request's name, plus BadRequest for a wrong field and RetryInfo where
+a retry can succeed. Every call's initial metadata carries `x-request-id`: the one the client sent, or one drawn.
 """
 
 from collections import abc as _abc
@@ -151,8 +152,11 @@ class TokenizeRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     CONVERSATION_FIELD_NUMBER: _builtins.int
+    RETURN_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text."""
+    return_token_bytes: _builtins.bool
+    """Optional. Return the bytes of every token too. Default false."""
     @_builtins.property
     def conversation(self) -> _generation_pb2.Conversation:
         """A conversation, rendered with the model's chat template, ready for the assistant's turn."""
@@ -162,13 +166,19 @@ class TokenizeRequest(_message.Message):
         *,
         text: _builtins.str = ...,
         conversation: _generation_pb2.Conversation | None = ...,
+        return_token_bytes: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_return_token_bytes", b"_return_token_bytes", "conversation", b"conversation", "prompt", b"prompt", "return_token_bytes", b"return_token_bytes", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_return_token_bytes", b"_return_token_bytes", "conversation", b"conversation", "prompt", b"prompt", "return_token_bytes", b"return_token_bytes", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__return_token_bytes: _TypeAlias = _typing.Literal["return_token_bytes"]  # noqa: Y015
+    _WhichOneofArgType__return_token_bytes: _TypeAlias = _typing.Literal["_return_token_bytes", b"_return_token_bytes"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "conversation"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__return_token_bytes) -> _WhichOneofReturnType__return_token_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
@@ -181,21 +191,27 @@ class TokenizeResponse(_message.Message):
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text that was tokenized: the rendered template for a conversation."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The ids."""
 
+    @_builtins.property
+    def token_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Where asked: the bytes of every token; not always UTF-8."""
+
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         text: _builtins.str = ...,
+        token_bytes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_bytes", b"token_bytes", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -276,6 +292,26 @@ class GetModelResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SpecialTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
@@ -284,6 +320,9 @@ class GetModelResponse(_message.Message):
     PIPELINES_FIELD_NUMBER: _builtins.int
     SPARES_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    TAKES_TOOLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name clients use."""
     fingerprint: _builtins.str
@@ -294,6 +333,10 @@ class GetModelResponse(_message.Message):
     """Tokens of the vocabulary."""
     has_chat_template: _builtins.bool
     """Whether a chat template is there."""
+    chat_template: _builtins.str
+    """The chat template (Jinja); empty where there is none."""
+    takes_tools: _builtins.bool
+    """Whether the chat template writes tools into the prompt."""
     @_builtins.property
     def pipelines(self) -> _containers.RepeatedCompositeFieldContainer[Global___PipelineStatus]:
         """The pipelines, with their stages."""
@@ -306,6 +349,10 @@ class GetModelResponse(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end a generation."""
 
+    @_builtins.property
+    def special_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The tokenizer's named special tokens: "eos_token", "bos_token", "pad_token" and so on, as text."""
+
     def __init__(
         self,
         *,
@@ -317,10 +364,13 @@ class GetModelResponse(_message.Message):
         pipelines: _abc.Iterable[Global___PipelineStatus] | None = ...,
         spares: _abc.Iterable[Global___StageReplicaStatus] | None = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        chat_template: _builtins.str = ...,
+        special_tokens: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        takes_tools: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "max_context_tokens", b"max_context_tokens", "name", b"name", "pipelines", b"pipelines", "spares", b"spares", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "max_context_tokens", b"max_context_tokens", "name", b"name", "pipelines", b"pipelines", "spares", b"spares", "special_tokens", b"special_tokens", "takes_tools", b"takes_tools", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,7 +4,8 @@ isort:skip_file
 The public protocol of Stageline.
 
 Errors are gRPC statuses with one google.rpc.ErrorInfo (reason in UPPER_SNAKE, domain "stageline.dev", metadata with
-every variable of the message), plus BadRequest for a wrong field and RetryInfo where a retry can succeed.
+every variable of the message), RequestInfo with the request's name, plus BadRequest for a wrong field and RetryInfo where
+a retry can succeed. Every call's initial metadata carries `x-request-id`: the one the client sent, or one drawn.
 """
 
 from collections import abc as _abc

@@ -1,0 +1,114 @@
+"""Compiles constraints on a thread pool, within limits, and remembers what it compiled."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from gateway.grammar.constraint import Constraint
+from gateway.grammar.masks import RowMasks
+from gateway.tokenizer import Tokenizer
+from stageline.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+
+CACHED_GRAMMARS = 64
+COMPILE_TIMEOUT_S = 10.0
+MAX_COMPILING = 32
+MAX_THREADS = 8
+# llguidance's own defaults are for one user; these are for a server that many share. With the 151,936 tokens of Qwen2's
+# vocabulary, of some twenty grammars made to be slow the worst took 0.6 s to compile and 0.4 s for one mask, on a thread.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=500_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=50_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+
+
+class CompiledGrammar:
+    """A grammar ready for any number of sequences."""
+
+    def __init__(self, matcher: LLMatcher, pool: ThreadPoolExecutor, vocab_size: int) -> None:
+        self._matcher, self._pool, self._vocab_size = matcher, pool, vocab_size
+
+    def start(self, token_ids: tuple[int, ...] = ()) -> RowMasks:
+        """The masks of one sequence that has already `token_ids`; must be called on the event loop."""
+        return RowMasks(self._matcher.deep_copy(), self._pool, (self._vocab_size + 7) // 8, token_ids)
+
+
+class GrammarCompiler:
+    """For one tokenizer. Lives on one event loop; the work is done on threads, without the GIL."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, eos_token_ids
+        self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="grammar")
+        self._ll_tokenizer: asyncio.Future[LLTokenizer] | None = None
+        self._cache: OrderedDict[tuple[str, str], CompiledGrammar] = OrderedDict()
+        self._compiling: dict[tuple[str, str], asyncio.Task[LLMatcher]] = {}
+
+    async def compile(self, constraint: Constraint) -> CompiledGrammar:
+        """Raises InvalidArgumentError for a grammar that cannot be read, exceeds its limits or allows nothing,
+        FailedPreconditionError for a model without an end token, ResourceExhaustedError where too many compile."""
+        constraint.check_size()
+        key = (constraint.kind, constraint.source)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        if not self._eos_token_ids:
+            raise FailedPreconditionError(
+                "NO_END_TOKEN", "the model has no end token, so that no grammar could end its answer",
+                field=constraint.field,
+            )  # fmt: skip
+        if key not in self._compiling:
+            if len(self._compiling) >= MAX_COMPILING:
+                raise ResourceExhaustedError("GRAMMARS_BUSY", f"{MAX_COMPILING} grammars are being compiled")
+            self._compiling[key] = asyncio.create_task(self._compile(constraint))
+            self._compiling[key].add_done_callback(lambda _: self._compiling.pop(key))
+        work = self._compiling[key]
+        try:
+            matcher = await asyncio.wait_for(asyncio.shield(work), COMPILE_TIMEOUT_S)
+        except TimeoutError:
+            raise InvalidArgumentError(
+                "GRAMMAR_TOO_COMPLEX", f"{constraint.field} takes more than {COMPILE_TIMEOUT_S:g} s to compile",
+                field=constraint.field, limit_s=COMPILE_TIMEOUT_S,
+            ) from None  # fmt: skip
+        grammar = self._cache[key] = CompiledGrammar(matcher, self._pool, self._vocab_size)
+        if len(self._cache) > CACHED_GRAMMARS:
+            self._cache.popitem(last=False)
+        return grammar
+
+    async def _compile(self, constraint: Constraint) -> LLMatcher:
+        loop = asyncio.get_running_loop()
+        if self._ll_tokenizer is None:
+            self._ll_tokenizer = loop.run_in_executor(self._pool, self._make_tokenizer)
+        ll_tokenizer = await self._ll_tokenizer
+        return await loop.run_in_executor(self._pool, _compile, constraint, ll_tokenizer)
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=list(self._eos_token_ids))
+
+
+def _compile(constraint: Constraint, ll_tokenizer: LLTokenizer) -> LLMatcher:
+    try:
+        grammar = constraint.to_grammar(ll_tokenizer)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(constraint, str(error)) from None
+    matcher = LLMatcher(ll_tokenizer, grammar, log_level=0, limits=LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # some faults and limits show only here; and the first mask is the dearest
+    if matcher.is_error():
+        raise _invalid(constraint, matcher.get_error())
+    return matcher
+
+
+def _invalid(constraint: Constraint, fault: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "GRAMMAR_INVALID",
+        f"{constraint.field} cannot be used: {fault.partition('<non-verbose')[0].strip():.500}",
+        field=constraint.field,
+    )
