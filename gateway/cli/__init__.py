@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gateway.cli import chat, plan, serve, show_config, status
+from gateway.cli import bench, chat, plan, serve, show_config, status
 from stageline.errors import InvalidArgumentError, StagelineError
 
-_VERBS = {"serve": serve, "chat": chat, "plan": plan, "status": status, "config": show_config}
+_VERBS = {"serve": serve, "chat": chat, "plan": plan, "status": status, "bench": bench, "config": show_config}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,132 @@
+"""What it costs to move hidden states to another process of this host: our frames, beside the limits they run into.
+
+Ways, each moving the same bytes to a receiver in another process that answers when it has them all, so a figure is a
+round trip: `frames` (what stages use: 1 MiB frames without protobuf), `message` (one protobuf-like gRPC message), `socket`
+(a plain TCP connection), and `copy` (a copy in memory, no transport at all).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import socket
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+from google.protobuf import wrappers_pb2
+
+from gateway.bench.measure import Figures
+from stages.server.frames import Assembler, StepFrame, encode
+
+OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+FRAMES, MESSAGE = "/stageline.bench/Frames", "/stageline.bench/Message"
+
+
+async def transport(payload_bytes: int, repeats: int) -> Figures:
+    """GB/s of each way, the median of `repeats` runs taken in turn."""
+    parent, child = multiprocessing.Pipe()
+    receiver = multiprocessing.get_context("spawn").Process(target=_receiver, args=(child,), daemon=True)
+    receiver.start()
+    grpc_port, socket_port = await asyncio.to_thread(parent.recv)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}", options=OPTIONS) as channel:
+            plain = socket.create_connection(("127.0.0.1", socket_port))
+            ways = _ways(channel, plain, np.random.default_rng(0).integers(0, 256, payload_bytes, np.uint8))
+            runs: dict[str, list[float]] = {name: [] for name in ways}
+            for turn in range(repeats + 1):
+                for name, way in ways.items():
+                    began = time.perf_counter()
+                    await way()
+                    if turn:  # the first one warms up
+                        runs[name].append(time.perf_counter() - began)
+            plain.close()
+    finally:
+        receiver.kill()
+        receiver.join()
+    rates = {name: payload_bytes / statistics.median(times) / 1e9 for name, times in runs.items()}
+    return {
+        "payload_bytes": payload_bytes,
+        "gigabytes_per_s": {name: round(rate, 3) for name, rate in rates.items()},
+        "frames_to_message": round(rates["frames"] / rates["message"], 2),
+        "frames_to_socket": round(rates["frames"] / rates["socket"], 2),
+        "runs": repeats,
+    }
+
+
+def _ways(channel: grpc.aio.Channel, plain: socket.socket, data: Any) -> dict[str, Callable[[], Awaitable[None]]]:
+    payload = memoryview(data)
+    target = np.empty_like(data)
+    stream: Any = channel.stream_unary(FRAMES, request_serializer=None, response_deserializer=None)
+    message: Any = channel.unary_unary(
+        MESSAGE, request_serializer=wrappers_pb2.BytesValue.SerializeToString, response_deserializer=None
+    )
+
+    async def frames() -> None:
+        call = stream()
+        for part in encode(StepFrame(1, 1, b"", payload=payload)):
+            await call.write(part)
+        await call.done_writing()
+        await call
+
+    async def one_message() -> None:
+        await message(wrappers_pb2.BytesValue(value=payload.tobytes()))
+
+    async def tcp() -> None:
+        def send() -> None:
+            plain.sendall(len(payload).to_bytes(8, "little"))
+            plain.sendall(payload)
+            assert plain.recv(1) == b"k"
+
+        await asyncio.to_thread(send)
+
+    async def copy() -> None:
+        np.copyto(target, data)
+
+    return {"frames": frames, "message": one_message, "socket": tcp, "copy": copy}
+
+
+def _receiver(ready: Connection) -> None:
+    asyncio.run(_receive(ready))
+
+
+async def _receive(ready: Connection) -> None:
+    async def frames(requests: Any, context: Any) -> bytes:
+        assembler, complete = Assembler(), None
+        while (part := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            complete = assembler.feed(part)
+        assert complete is not None
+        return b"k"
+
+    async def message(request: wrappers_pb2.BytesValue, context: Any) -> bytes:
+        return b"k"
+
+    handlers = {
+        "Frames": grpc.stream_unary_rpc_method_handler(frames),
+        "Message": grpc.unary_unary_rpc_method_handler(
+            message, request_deserializer=wrappers_pb2.BytesValue.FromString, response_serializer=None
+        ),
+    }
+    server = grpc.aio.server(options=OPTIONS)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("stageline.bench", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    listener = socket.create_server(("127.0.0.1", 0))
+    ready.send((port, listener.getsockname()[1]))
+    await asyncio.to_thread(_drain_socket, listener)
+    await asyncio.Event().wait()  # the parent ends this process
+
+
+def _drain_socket(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    buffer = memoryview(bytearray(1 << 20))
+    while size := connection.recv(8):
+        left = int.from_bytes(size, "little")
+        while left:
+            left -= connection.recv_into(buffer[: min(left, len(buffer))])
+        connection.sendall(b"k")

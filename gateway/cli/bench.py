@@ -1,0 +1,77 @@
+"""Measure a running server (latency, throughput, serving) or this host's transport."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+from typing import Any
+
+import grpc.aio
+
+from gateway.bench.load import Generator, Shape
+from gateway.bench.measure import Figures, latency, serving, throughput
+from gateway.bench.transport import transport
+from gateway.cli.servers import failure, find
+from stageline.errors import ConfigError
+
+WHAT = ("latency", "throughput", "serving", "transport")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `stageline bench`."""
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--address", metavar="HOST:GRPC_PORT", help="default: the server running on this host")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="serving: the longest prompt")
+    parser.add_argument("--new-tokens", type=int, default=64, help="serving: the longest answer")
+    parser.add_argument("--streams", type=int, default=16, help="throughput: requests at a time")
+    parser.add_argument("--requests", type=int, default=100, help="serving: how many")
+    parser.add_argument("--rate", type=float, default=1.0, help="serving: requests a second (Poisson)")
+    parser.add_argument("--payload-bytes", type=int, default=32 << 20, help="transport: bytes a transfer")
+    parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", choices=["table", "json"], default="table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    for name in ("prompt_tokens", "new_tokens", "streams", "requests", "rate", "payload_bytes", "repeats"):
+        if not getattr(args, name) > 0:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError("CONFIG_INVALID", f"{flag} must be over 0, got {getattr(args, name)}", field=flag)
+    address = "" if args.what == "transport" else args.address or find()
+    try:
+        figures = asyncio.run(_measure(args, address))
+    except grpc.aio.AioRpcError as error:
+        raise failure(error, address) from None
+    report = {"what": args.what, **figures, "hardware": f"{os.cpu_count()} cores, {platform.machine()}"}
+    print(json.dumps(report, indent=2) if args.output == "json" else table(report))
+    return 0
+
+
+async def _measure(args: argparse.Namespace, address: str) -> Figures:
+    if args.what == "transport":
+        return await transport(args.payload_bytes, args.repeats)
+    async with Generator(address, args.seed) as load:
+        shape = Shape(args.prompt_tokens, args.new_tokens)
+        about = {"model": load.model.name, "prompt_tokens": shape.prompt_tokens, "new_tokens": shape.new_tokens}
+        if args.what == "latency":
+            return about | await latency(load, shape, args.repeats)
+        if args.what == "throughput":
+            return about | await throughput(load, shape, args.streams, args.repeats)
+        shapes = load.conversation(args.requests, args.prompt_tokens, args.new_tokens)
+        return about | await serving(load, shapes, args.rate)
+
+
+def table(report: dict[str, Any]) -> str:
+    """One line a figure; nested figures as `name.part`."""
+    flat: dict[str, Any] = {}
+    for name, value in report.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{part}": inner for part, inner in value.items()})
+        else:
+            flat[name] = value
+    width = max(len(name) for name in flat)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in flat.items())
