@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check proto bench clean
+.PHONY: setup demo test check proto bench chaos clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -34,6 +34,11 @@ proto: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.decode
+
+KILLS ?= 20
+SEED ?= 1
+chaos: setup
+	$(BIN)/python -m tests.chaos.kills --kills $(KILLS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 
@@ -57,6 +58,9 @@ async def _serve(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """Exit code 0 after SIGINT or SIGTERM, 2 for wrong input, 1 for our own failure."""
+    os.environ.setdefault(
+        "GRPC_VERBOSITY", "NONE"
+    )  # read once, when grpc is imported; what its core logs, our errors say
     args = _parser().parse_args()
     try:
         asyncio.run(_serve(args))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, when grpc is imported; what its core logs, our errors say
 
 from gateway.cli import bench, chat, plan, serve, show_config, status
 from stageline.errors import InvalidArgumentError, StagelineError

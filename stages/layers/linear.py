@@ -113,8 +113,9 @@ class Linear(nn.Module):
             if shared_weight is None
             else shared_weight
         )
+        # Zeros until it is loaded: the check of row independence runs when the weight is there, and garbage may be NaN.
         self.bias = (
-            nn.Parameter(torch.empty(outputs, dtype=dtype, device=device), requires_grad=False) if bias else None
+            nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
         plain = PlainProduct(self.weight, self.bias)
         self._product: Callable[..., Tensor] = PlainGate(plain) if gated else plain

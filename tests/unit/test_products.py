@@ -159,3 +159,12 @@ def test_without_any_row_independent_product_the_mode_is_refused(monkeypatch) ->
         chooser.linear(torch.randn(8, 4), None)
     assert caught.value.reason == "BATCH_INVARIANCE_UNAVAILABLE"
     assert "(8, 4)" in caught.value.message
+
+
+def test_a_bias_that_is_not_loaded_yet_does_not_spoil_the_check(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options))
+    chooser = ProductChooser(packed=True, batch_invariant=True)
+    layer = Linear(64, 32, bias=True, dtype=torch.bfloat16, device=CPU, chooser=chooser)
+    layer.weight.data.normal_()
+    layer.rows_loaded(32)
+    assert layer(torch.ones(1, 64, dtype=torch.bfloat16)).isfinite().all()

@@ -565,7 +565,7 @@ Global___Watching: _TypeAlias = Watching  # noqa: Y015
 
 @_typing.final
 class Step(_message.Message):
-    """Step is one micro-batch: what every stage executes, in order of step_id within an epoch. Running a step again is
+    """Step is one micro-batch: what every stage executes, in order of step_id within an epoch. Running steps again in this order is
     harmless: it writes the same keys and values to the same slots, and `registration` replaces what a stage had counted.
     """
 
