@@ -27,7 +27,7 @@ from stages.logits.transfer import fetch
 from stages.rng import STREAM_TAIL, uniforms
 
 LEVELS = (64, 512, MAX_CANDIDATES)
-ROWS_AT_ONCE = 32  # bounds the copies: a few times 32 rows of float32
+ROWS_AT_ONCE = 16  # bounds the copies: a few times 16 rows of float32
 
 
 class LogitsProcessor:
@@ -93,11 +93,11 @@ class LogitsProcessor:
     ) -> None:
         """Rows that are edited or drawn; `places` are theirs in raw_RV."""
         rows, results = [all_rows[i] for i in places], [all_results[i] for i in places]
-        x_RV = raw_RV[places]  # a copy: raw logits of the candidates are wanted too
+        at_R = torch.tensor(places, device=self._device)
+        x_RV = raw_RV.index_select(0, at_R)  # a copy: raw logits of the candidates are wanted too
         if any(is_edited(row[3]) for row in rows):
             edit(x_RV, rows, self._history)
         best_R, ids_R = first_maximum(x_RV)
-        at_R = torch.tensor(places, device=self._device)
         highest, best_ids, raw = fetch(best_R, ids_R, raw_RV[at_R, ids_R])
         drawn = []
         for index, row in enumerate(rows):
@@ -173,13 +173,13 @@ class _Draws:
     def _draw_tails(self, rows: list[int], ids_RK: Tensor, values_RK: Tensor) -> None:
         """One draw a row from what lies beyond its candidates, down to min-p; no other cut is there."""
         samplings = [self._samplings[i] for i in rows]
-        w_RCL = self._weights_RCL[rows]
-        w_RV = w_RCL.view(len(rows), -1)
-        w_RV.scatter_(1, ids_RK, 0.0)
-        for place, sampling in enumerate(samplings):
+        w_RV = self._weights_RCL.flatten(1)  # a view; each row's weights are used once
+        w_RV[torch.tensor(rows, device=w_RV.device)[:, None], ids_RK] = 0.0
+        for index, sampling in zip(rows, samplings, strict=True):
             if sampling.min_p > 0:
-                x_V = self._x_RV[rows[place]]
-                w_RV[place, : len(x_V)].masked_fill_(x_V < lowest_kept(sampling.min_p), 0.0)
+                x_V = self._x_RV[index]
+                w_RV[index, : len(x_V)].masked_fill_(x_V < lowest_kept(sampling.min_p), 0.0)
+        w_RCL = pick(self._weights_RCL, rows)
         tail_R = mass(w_RCL)
         kept_lse_R = (tail_R + values_RK.double().exp().cumsum(dim=-1)[:, -1]).log().float()
         numbers = uniforms(
@@ -197,7 +197,9 @@ class _Draws:
 
 def pick(x_RV: Tensor, rows: Sequence[int]) -> Tensor:
     """These rows: the tensor itself where they are all of it, else a copy."""
-    return x_RV if len(rows) == len(x_RV) else x_RV[list(rows)]
+    if len(rows) == len(x_RV):
+        return x_RV
+    return x_RV.index_select(0, torch.tensor(rows, device=x_RV.device))
 
 
 def lowest_kept(min_p: float) -> float:

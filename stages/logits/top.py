@@ -23,7 +23,7 @@ def first_maximum(x_RV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top(x_RV: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Ids (int64) and values [R, K] of the `size` highest. No NaN may be there; among -inf the order is open.
+    """Ids (int64) and values [R, K] of the `size` highest. No NaN may be there.
 
     The K highest lie in the K chunks with the highest maxima (ties to the lower chunk): each of those has a member that
     comes before every member of the others.
@@ -42,22 +42,13 @@ def _chunks(x_RV: Tensor) -> Tensor | None:
 
 
 def _top(x_RV: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    values_RK, ids_RK = torch.topk(x_RV, min(size + 1, x_RV.shape[-1]))
-    equal_RK = (values_RK[:, 1:] == values_RK[:, :-1]) & (values_RK[:, 1:] > -torch.inf)
-    if not equal_RK.any():
-        return ids_RK[:, :size], values_RK[:, :size]
-    if values_RK.shape[1] > size:
-        cut = torch.nonzero(equal_RK[:, -1]).flatten()  # rows whose last place several values share
-        if len(cut):
-            ids_RK[cut, :size] = _lowest_ids(x_RV[cut], values_RK[cut, size - 1 : size], size)
-    ids_RK = ids_RK[:, :size].sort(dim=-1).values
-    values_RK, order_RK = x_RV.gather(1, ids_RK).sort(dim=-1, descending=True, stable=True)
-    return ids_RK.gather(1, order_RK), values_RK
+    last = x_RV.shape[-1] - 1
+    ids_RK = last - (torch.topk(_keys(x_RV), size).values & 0xFFFFFFFF)
+    return ids_RK, x_RV.gather(1, ids_RK)
 
 
-def _lowest_ids(x_RV: Tensor, last_R1: Tensor, size: int) -> Tensor:
-    """Ids of all values above the last that is taken, and of as many equal to it as fit, lowest ids first."""
-    above_RV, equal_RV = x_RV > last_R1, x_RV == last_R1
-    room_R1 = size - above_RV.sum(dim=-1, keepdim=True)
-    taken_RV = above_RV | (equal_RV & (equal_RV.cumsum(dim=-1, dtype=torch.int32) <= room_R1))
-    return torch.nonzero(taken_RV)[:, 1].view(len(x_RV), size)
+def _keys(x_RV: Tensor) -> Tensor:
+    """int64 keys in the order of (value, then lower id): all different, so that their top is one and only."""
+    bits_RV = (x_RV + 0.0).view(torch.int32)  # -0.0 becomes 0.0: they are equal
+    bits_RV ^= (bits_RV >> 31) & 0x7FFFFFFF  # below zero, the order of float bits is reversed
+    return (bits_RV.long() << 32) | torch.arange(x_RV.shape[-1] - 1, -1, -1, device=x_RV.device)
