@@ -10,6 +10,11 @@ import sys
 
 from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
 from stages.partition import parse_layer_ranges
+from stages.spec import DEVICES, DTYPE_NAMES, StageSpec
+
+
+def _choices(names: tuple[str, ...]) -> str:
+    return "{" + ",".join(names) + "}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -18,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", required=True, help="half-open range of decoder layers, such as 0-12")
     parser.add_argument("--port", type=int, required=True, help="port to listen on; 0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="bfloat16", metavar=_choices(DTYPE_NAMES))
+    parser.add_argument("--device", default="cpu", metavar=_choices(DEVICES))
     parser.add_argument("--revision", help="hub revision")
     parser.add_argument("--batch-invariant", action="store_true", help="bits do not depend on neighbours (slower)")
     parser.add_argument("--debug-kv", action="store_true", help="check on every read what a KV slot holds (slow)")
@@ -30,27 +35,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _serve(args: argparse.Namespace) -> None:
-    from stages.replica import StageReplica, StageSpec  # torch takes seconds; --help should not
-
+def _spec(args: argparse.Namespace) -> StageSpec:
+    """Raises ConfigError; takes no second, because torch is not loaded yet."""
     ranges = parse_layer_ranges(args.layers)
     if len(ranges) != 1:
         raise ConfigError("LAYERS_NOT_RANGES", f"--layers takes one range, got {args.layers}", field="layers")
-    values = {key: value for key, value in vars(args).items() if key not in ("layers", "block_size_tokens")}
-    replica = StageReplica(
-        StageSpec(
-            start_layer=ranges[0].start_layer,
-            end_layer=ranges[0].end_layer,
-            block_size_tokens=args.block_size_tokens or (256 if args.device == "cuda" else 16),
-            **values,
-        )
-    )
+    values = {key: value for key, value in vars(args).items() if key != "layers"}
+    if args.block_size_tokens is None:
+        values["block_size_tokens"] = 256 if args.device == "cuda" else 16
+    return StageSpec(start_layer=ranges[0].start_layer, end_layer=ranges[0].end_layer, **values)
+
+
+async def _serve(spec: StageSpec) -> None:
+    from stages.replica import StageReplica  # torch takes seconds; --help and a wrong argument should not
+
+    replica = StageReplica(spec)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     await replica.start()
-    print(f"ready grpc://{replica.address} layers {ranges[0]}", flush=True)
+    print(f"ready grpc://{replica.address} layers {spec.start_layer}-{spec.end_layer}", flush=True)
     await stop.wait()
     await replica.drain()
     await replica.stop()
@@ -63,7 +68,7 @@ def main() -> int:
     )  # read once, when grpc is imported; what its core logs, our errors say
     args = _parser().parse_args()
     try:
-        asyncio.run(_serve(args))
+        asyncio.run(_serve(_spec(args)))
     except StagelineError as error:
         print(f"stages: {error.message} [{error.reason}]", file=sys.stderr)
         return 2 if isinstance(error, InvalidArgumentError) else 1

@@ -9,6 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from stageline.errors import CheckpointError
+from stages.config_values import (
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_ROPE_THETA,
+    MAX_WIDTH,
+    ConfigReader,
+    check_integer,
+    check_number,
+    invalid,
+    shorten,
+)
 
 # Keys that say nothing about the function the model computes (training, bookkeeping, or read elsewhere).
 _IGNORED_KEYS = frozenset(
@@ -88,30 +99,27 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "vocab_size",
-            "max_position_embeddings",
+        for name, high in (
+            ("hidden_size", MAX_WIDTH),
+            ("intermediate_size", MAX_WIDTH),
+            ("num_layers", MAX_LAYERS),
+            ("num_heads", MAX_WIDTH),
+            ("num_kv_heads", MAX_WIDTH),
+            ("head_dim", MAX_WIDTH),
+            ("vocab_size", MAX_WIDTH),
+            ("max_position_embeddings", MAX_POSITIONS),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise _invalid(name, f"{name} must be a positive integer, got {value!r}", value=value)
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-                raise _invalid(name, f"{name} must be a positive number, got {value!r}", value=value)
+            check_integer(name, getattr(self, name), high=high)
+        check_number("rms_norm_eps", self.rms_norm_eps, low=0, high=1)
+        check_number("rope_theta", self.rope_theta, low=0, high=MAX_ROPE_THETA)
         if self.num_heads % self.num_kv_heads:
-            raise _invalid(
-                "num_key_value_heads",
-                f"num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads ({self.num_kv_heads})",
+            raise invalid(
+                "num_key_value_heads", self.num_kv_heads, f"a divisor of the {self.num_heads} attention heads"
             )
         if self.head_dim % 2:
-            raise _invalid("head_dim", f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+            raise invalid("head_dim", self.head_dim, "even, for rotary embeddings")
+        if len(self.sliding_windows) != self.num_layers:
+            raise invalid("layer_types", self.sliding_windows, f"one entry for each of the {self.num_layers} layers")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
@@ -120,14 +128,14 @@ class ModelConfig:
         Raises CheckpointError for another architecture, an unknown key, or a value this project does not compute
         exactly (rope scaling, quantization, another activation).
         """
-        architectures = data.get("architectures") or []
-        if data.get("model_type") != "qwen2" or architectures not in ([], ["Qwen2ForCausalLM"]):
+        architectures = data.get("architectures")
+        if data.get("model_type") != "qwen2" or architectures not in (None, [], ["Qwen2ForCausalLM"]):
             raise CheckpointError(
                 "UNKNOWN_ARCHITECTURE",
-                f"{source}: model_type {data.get('model_type')!r} with architectures {architectures} is not served; "
-                "expected model_type 'qwen2' with Qwen2ForCausalLM",
-                model_type=data.get("model_type"),
-                architectures=architectures,
+                f"{source}: model_type {shorten(data.get('model_type'))} with architectures {shorten(architectures)} "
+                "is not served; expected model_type 'qwen2' with Qwen2ForCausalLM",
+                model_type=shorten(data.get("model_type")),
+                architectures=shorten(architectures),
                 source=source,
             )
         unknown = sorted(data.keys() - _IGNORED_KEYS - _READ_KEYS)
@@ -149,39 +157,41 @@ class ModelConfig:
                 keys=",".join(missing),
                 source=source,
             )
-        rope = _rope_theta(data, source)
+        read = ConfigReader(data, source)
         if data.get("hidden_act", "silu") != "silu":
-            raise _invalid("hidden_act", f"{source}: hidden_act must be 'silu', got {data['hidden_act']!r}")
+            raise read.invalid("hidden_act", "'silu'")
         if data.get("quantization_config") is not None:
-            raise _invalid("quantization_config", f"{source}: quantized checkpoints are not served; use the original")
-        num_heads = data["num_attention_heads"]
-        eos = data.get("eos_token_id")
-        head_dim = data.get("head_dim")
+            raise read.invalid("quantization_config", "absent (quantized checkpoints are not served; use the original)")
+        hidden_size = read.integer("hidden_size", high=MAX_WIDTH)
+        num_heads = read.integer("num_attention_heads", high=MAX_WIDTH)
+        num_layers = read.integer("num_hidden_layers", high=MAX_LAYERS)
+        vocab_size = read.integer("vocab_size", high=MAX_WIDTH)
+        head_dim = read.optional_integer("head_dim", high=MAX_WIDTH)
         if head_dim is None:
-            if not isinstance(num_heads, int) or num_heads < 1 or data["hidden_size"] % num_heads:
-                raise _invalid(
-                    "num_attention_heads",
-                    f"{source}: hidden_size ({data['hidden_size']}) must be a multiple "
-                    f"of num_attention_heads ({num_heads})",
-                )
-            head_dim = data["hidden_size"] // num_heads
-        num_kv_heads = data.get("num_key_value_heads")
+            if hidden_size % num_heads:
+                raise read.invalid("num_attention_heads", f"a divisor of hidden_size ({hidden_size})")
+            head_dim = hidden_size // num_heads
+        if head_dim % 2:
+            raise invalid("head_dim", head_dim, "even, for rotary embeddings", source)
+        num_kv_heads = read.optional_integer("num_key_value_heads", high=MAX_WIDTH) or num_heads
+        if num_heads % num_kv_heads:
+            raise read.invalid("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
         return cls(
             architecture="qwen2",
-            hidden_size=data["hidden_size"],
-            intermediate_size=data["intermediate_size"],
-            num_layers=data["num_hidden_layers"],
+            hidden_size=hidden_size,
+            intermediate_size=read.integer("intermediate_size", high=MAX_WIDTH),
+            num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            vocab_size=data["vocab_size"],
-            rms_norm_eps=data.get("rms_norm_eps", 1e-6),
-            rope_theta=rope,
-            max_position_embeddings=data.get("max_position_embeddings", 32768),
-            tie_word_embeddings=data.get("tie_word_embeddings", False),
+            vocab_size=vocab_size,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6, low=0, high=1),
+            rope_theta=_rope_theta(read, data, source),
+            max_position_embeddings=read.integer("max_position_embeddings", 32768, high=MAX_POSITIONS),
+            tie_word_embeddings=read.flag("tie_word_embeddings"),
             qkv_bias=True,
-            sliding_windows=_sliding_windows(data, source),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            sliding_windows=_sliding_windows(read, data, num_layers),
+            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
         )
 
     @classmethod
@@ -193,52 +203,52 @@ class ModelConfig:
             raise CheckpointError(
                 "CONFIG_MISSING", f"{path} does not exist; a model folder needs a config.json", path=path
             ) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise CheckpointError("CONFIG_UNREADABLE", f"{path} cannot be read as JSON: {error}", path=path) from None
         if not isinstance(data, dict):
-            raise CheckpointError("CONFIG_UNREADABLE", f"{path} must hold a JSON object", path=path)
+            raise CheckpointError(
+                "CONFIG_UNREADABLE",
+                f"{path} must hold a JSON object, got {shorten(data)}",
+                path=path,
+                value=shorten(data),
+            )
         return cls.from_dict(data, source=str(path))
 
 
-def _invalid(field: str, message: str, **metadata: object) -> CheckpointError:
-    return CheckpointError("CONFIG_VALUE_NOT_SERVED", message, field=field, **metadata)
-
-
-def _rope_theta(data: Mapping[str, Any], source: str) -> float:
+def _rope_theta(read: ConfigReader, data: Mapping[str, Any], source: str) -> float:
     """The rotary base; transformers 5 writes it into `rope_parameters`, earlier versions beside `rope_scaling`."""
-    parameters = dict(data.get("rope_parameters") or {})
-    scaling = data.get("rope_scaling") or {}
-    kind = parameters.pop("rope_type", None) or scaling.get("rope_type") or scaling.get("type") or "default"
-    theta = parameters.pop("rope_theta", None) or data.get("rope_theta", 10000.0)
-    if kind != "default" or parameters:
-        raise _invalid(
-            "rope_scaling",
-            f"{source}: rope scaling {kind!r} {parameters or scaling} is not served; "
-            "remove rope_scaling and keep prompts within max_position_embeddings",
-        )
-    return float(theta)
+    parameters, scaling = read.optional_object("rope_parameters"), read.optional_object("rope_scaling")
+    theta = read.number("rope_theta", 10000.0, low=0, high=MAX_ROPE_THETA)
+    for name, values in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        kinds = [values.pop(key) for key in ("rope_type", "type") if key in values]
+        inner = values.pop("rope_theta", None)
+        if values or any(kind not in (None, "default") for kind in kinds):
+            raise read.invalid(
+                name, "without rotary scaling (remove it and keep prompts within max_position_embeddings)"
+            )
+        if inner is not None:
+            inner = check_number(f"{name}.rope_theta", inner, low=0, high=MAX_ROPE_THETA, source=source)
+            if "rope_theta" in data and inner != theta:
+                raise invalid(f"{name}.rope_theta", inner, f"the same as rope_theta ({theta:g})", source)
+            theta = inner
+    return theta
 
 
-def _sliding_windows(data: Mapping[str, Any], source: str) -> tuple[int | None, ...]:
+def _sliding_windows(read: ConfigReader, data: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer (transformers: layers from `max_window_layers` on, where `use_sliding_window`)."""
-    num_layers = data["num_hidden_layers"]
-    if not isinstance(num_layers, int) or num_layers < 1:
-        raise _invalid(
-            "num_hidden_layers", f"{source}: num_hidden_layers must be a positive integer, got {num_layers!r}"
-        )
-    window = data.get("sliding_window", 4096) if data.get("use_sliding_window") else None
+    enabled = read.flag("use_sliding_window")
+    window = read.optional_integer("sliding_window", high=MAX_POSITIONS) if "sliding_window" in data else 4096
+    first = read.integer("max_window_layers", 28, low=0, high=MAX_POSITIONS)
+    if not enabled:
+        window = None
     kinds = data.get("layer_types")
     if kinds is None:
-        first = data.get("max_window_layers", 28)
-        kinds = [
-            "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(num_layers)
-        ]
-    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise _invalid(
-            "layer_types",
-            f"{source}: layer_types must name full_attention or sliding_attention for each of "
-            f"the {num_layers} layers, got {kinds}",
+        return tuple(window if i >= first else None for i in range(num_layers))
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
+        raise read.invalid(
+            "layer_types", f"a list that names full_attention or sliding_attention for each of the {num_layers} layers"
         )
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise _invalid("sliding_window", f"{source}: sliding_window must be a positive integer, got {window!r}")
+    if window is None and "sliding_attention" in kinds:
+        raise read.invalid("layer_types", "full_attention throughout where use_sliding_window or sliding_window is off")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,51 +18,16 @@ from stages.executor import StageExecutor
 from stages.partition import LayerRange
 from stages.runner import StageRunner
 from stages.server.server import Listener, StageServer
+from stages.spec import StageSpec
 from stages.weights import load_weights
+
+__all__ = ["StageReplica", "StageSpec"]
 
 _LOG = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_CPU_KV_BYTES = 1 << 30
 CUDA_KV_FRACTION = 0.9  # of the memory that is free once the weights are loaded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageSpec:
-    """What a stage is, in plain values, so that it can cross process borders.
-
-    After `stall_timeout_s` in one step a replica reports itself unhealthy, so that it is replaced; the gateway gives up
-    on it earlier (pipelines.stall_timeout_s).
-    """
-
-    model: str
-    start_layer: int
-    end_layer: int
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    batch_invariant: bool = False
-    debug_kv: bool = False
-    block_size_tokens: int = 16
-    kv_memory_bytes: int | None = None
-    num_blocks: int | None = None
-    num_threads: int | None = None
-    host: str = "127.0.0.1"
-    port: int = 0
-    revision: str | None = None
-    queue_depth_steps: int = 8
-    stall_timeout_s: float = 120.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """For another process."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> StageSpec:
-        """Raises ConfigError for an unknown field."""
-        unknown = data.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise ConfigError("CONFIG_UNKNOWN_KEY", f"stage specification: unknown fields {', '.join(sorted(unknown))}")
-        return cls(**data)
 
 
 class StageReplica:
@@ -102,6 +66,11 @@ class StageReplica:
 
     def _load(self) -> tuple[StageExecutor, str, int]:
         spec = self.spec
+        if spec.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "DEVICE_NOT_AVAILABLE", "device is 'cuda', but torch finds no CUDA device here; use --device cpu, or check "
+                "the driver and that this torch was built for CUDA", field="device", value=spec.device,
+            )  # fmt: skip
         if spec.num_threads is not None:
             torch.set_num_threads(spec.num_threads)
         checkpoint = open_checkpoint(spec.model, revision=spec.revision)
@@ -111,10 +80,6 @@ class StageReplica:
                 "LAYERS_OUT_OF_RANGE", f"layers {layers} are not within the model's {config.num_layers} layers",
                 field="stages.layers",
             )  # fmt: skip
-        if spec.dtype not in DTYPES:
-            raise ConfigError(
-                "CONFIG_INVALID", f"dtype must be one of {', '.join(DTYPES)}, got {spec.dtype!r}", field="model.dtype"
-            )
         checkpoint.verify_index(layers)
         runner = StageRunner(
             config,

@@ -1,5 +1,5 @@
 """Choosing tokens from what the last stage returned."""
 
-from gateway.sampling.choose import Choice, choose, make_sampling
+from gateway.sampling.choose import Choice, choose, choose_rows, make_sampling
 
-__all__ = ["Choice", "choose", "make_sampling"]
+__all__ = ["Choice", "choose", "choose_rows", "make_sampling"]

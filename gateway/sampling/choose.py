@@ -6,16 +6,19 @@ the stage has said how much it weighs in all and drawn one token of the rest.
 
 from __future__ import annotations
 
-import math
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gateway.sampling.kept import kept_weights, places_in_matrix
 from gateway.types import SamplingParams, TokenLogprobs
 from stageline.errors import InternalError
 from stageline.stage.v1 import stage_service_pb2 as pb
-from stages.rng import STREAM_CHOICE, uniform
+from stages.rng import STREAM_CHOICE, uniform, uniforms
+
+_WIDEST = 512  # candidates of a row that is chosen together with others; padding would cost more than it saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,42 +34,68 @@ def choose(result: pb.RowResult, params: SamplingParams, *, choice_index: int, p
 
     Raises InternalError (reason NON_FINITE_LOGITS) where the model's logits were NaN or left nothing to choose.
     """
+    _check_finite(result)
+    place, size = 0, 1
+    if params.temperature > 0:
+        weights, total = kept_weights(result, params)
+        draw = uniform(params.seed, choice_index, position, STREAM_CHOICE)
+        place, size = int(np.searchsorted(weights, draw * total, side="right")), len(weights)
+    return _choice(result, params, place, size)
+
+
+def choose_rows(
+    results: Sequence[pb.RowResult],
+    params: Sequence[SamplingParams],
+    *,
+    choice_indices: Sequence[int],
+    positions: Sequence[int],
+) -> list[Choice | InternalError]:
+    """`choose` for the rows of a micro-batch, with the error in place of the token where it would have raised.
+
+    Rows of up to 512 candidates are cut and drawn in one matrix.
+    """
+    chosen: list[Choice | InternalError] = []
+    together = []
+    for index, (result, asked) in enumerate(zip(results, params, strict=True)):
+        wide = len(result.candidate_logits) > 4 * _WIDEST
+        if asked.temperature > 0 and not wide and not result.non_finite:
+            together.append(index)
+            chosen.append(_PENDING)
+            continue
+        try:
+            chosen.append(choose(result, asked, choice_index=choice_indices[index], position=positions[index]))
+        except InternalError as error:
+            chosen.append(error)
+    if together:
+        numbers = uniforms(
+            [params[i].seed for i in together],
+            [choice_indices[i] for i in together],
+            [positions[i] for i in together],
+            STREAM_CHOICE,
+        )
+        places, sizes = places_in_matrix([results[i] for i in together], [params[i] for i in together], numbers)
+        for index, place, size in zip(together, places, sizes, strict=True):
+            chosen[index] = _choice(results[index], params[index], place, size)
+    return chosen
+
+
+_PENDING = InternalError("TOKEN_NOT_CHOSEN", "a row was passed over")  # replaced for every row chosen in the matrix
+
+
+def _check_finite(result: pb.RowResult) -> None:
     if result.non_finite:
         raise InternalError("NON_FINITE_LOGITS", "the model's logits held no finite value to choose from")
-    ids = np.frombuffer(result.candidate_ids, dtype="<i4")
-    raw = np.frombuffer(result.candidate_raw_logits, dtype="<f4")
-    if params.temperature == 0:
-        token, raw_logit = int(ids[0]), float(raw[0])
-    else:
-        probabilities = kept_probabilities(result, params)
-        draw = uniform(params.seed, choice_index, position, STREAM_CHOICE)
-        place = int(np.searchsorted(probabilities.cumsum(), draw, side="right"))
-        if place < len(probabilities):
-            token, raw_logit = int(ids[place]), float(raw[place])
-        elif result.HasField("tail"):
-            token, raw_logit = result.tail.token_id, result.tail.raw_logit
-        else:  # rounding: the sum fell short of the draw by an ulp
-            token, raw_logit = int(ids[len(probabilities) - 1]), float(raw[len(probabilities) - 1])
+
+
+def _choice(result: pb.RowResult, params: SamplingParams, place: int, size: int) -> Choice:
+    """The candidate at `place` of the `size` kept ones; beyond them the stage's own draw."""
+    if place >= size and result.HasField("tail"):
+        token, raw_logit = result.tail.token_id, result.tail.raw_logit
+    else:  # `place` is at most the last: rounding may have left the sum an ulp short of the draw
+        at = 4 * min(place, size - 1)
+        token = int.from_bytes(result.candidate_ids[at : at + 4], "little", signed=True)
+        (raw_logit,) = struct.unpack_from("<f", result.candidate_raw_logits, at)
     return Choice(token, _logprobs(result, params, token, raw_logit))
-
-
-def kept_probabilities(result: pb.RowResult, params: SamplingParams) -> NDArray[np.float64]:
-    """Probability of each kept candidate, in order. They sum to 1, or to less where a tail has the rest."""
-    logits = np.frombuffer(result.candidate_logits, dtype="<f4").astype(np.float64)
-    logits = logits[np.isfinite(logits)]  # masked tokens stand last; rounding of the draw must never reach them
-    if result.HasField("tail"):
-        return np.exp(logits - result.tail.kept_logsumexp)
-    if params.top_k:
-        logits = logits[: params.top_k]
-    if params.top_p < 1:
-        # Within top-k the nucleus is measured over the kept k, otherwise over the whole vocabulary.
-        lse = _logsumexp(logits) if params.top_k else result.processed_logsumexp
-        mass = np.exp(logits - lse)
-        before = mass.cumsum() - mass
-        logits = logits[: max(1, int((before < params.top_p).sum()))]
-    if params.min_p > 0:
-        logits = logits[: max(1, int((logits >= logits[0] + math.log(params.min_p)).sum()))]
-    return np.asarray(np.exp(logits - _logsumexp(logits)))
 
 
 def make_sampling(
@@ -108,8 +137,3 @@ def _logprobs(result: pb.RowResult, params: SamplingParams, token: int, raw_logi
     values = np.frombuffer(result.top_raw_logits, dtype="<f4").tolist()
     lse = result.raw_logsumexp
     return TokenLogprobs(token, raw_logit - lse, tuple((i, v - lse) for i, v in zip(ids, values, strict=True)))
-
-
-def _logsumexp(logits: NDArray[np.float64]) -> float:
-    highest = float(logits[0])
-    return highest + math.log(float(np.exp(logits - highest).sum()))

@@ -3,6 +3,9 @@
 The order is mask, bias, penalties (repetition, then frequency and presence), temperature, all in float32. The kept set is
 a prefix of the tokens sorted by (logit descending, id ascending): top-k, then top-p within it, then min-p relative to the
 highest. Where it reaches beyond the candidates, one token of the rest is drawn here, by the counter-based generator.
+
+Each row gets as many candidates as its cut needs: 64, then 512, then 4,096. Every operation treats a row by itself, in an
+order that does not depend on its neighbours, so a row's result is the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -12,17 +15,19 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from stageline.stage.v1 import stage_service_pb2 as pb
+from stages.logits.edits import Row, edit, is_edited
 from stages.logits.history import PenaltyHistory
-from stages.rng import STREAM_TAIL, uniform
+from stages.logits.mass import draw, logsumexp, mass, weights
+from stages.logits.nucleus import MAX_CANDIDATES, Cuts, cut, top_k, wide
+from stages.logits.top import first_maximum, top
+from stages.logits.transfer import fetch
+from stages.rng import STREAM_TAIL, uniforms
 
-BASE_CANDIDATES = 64
-MAX_CANDIDATES = 4096
-
-Row = tuple[int, NDArray[np.int32], int, pb.Sampling]  # sequence id, the row's tokens, context length, what was asked
+LEVELS = (64, 512, MAX_CANDIDATES)
+ROWS_AT_ONCE = 16  # bounds the copies: a few times 16 rows of float32
 
 
 class LogitsProcessor:
@@ -41,178 +46,173 @@ class LogitsProcessor:
         self._history.reset()
 
     def process(self, logits_RV: Tensor, rows: Sequence[Row]) -> list[pb.RowResult]:
-        """One result a row of float32 logits [R, V]. The logits are changed in place."""
-        if not rows:
-            return []
-        # The maximum is NaN or +inf where any member is, and -inf where no member is finite.
-        finite_R = torch.isfinite(logits_RV.amax(dim=-1)).tolist()
-        raw_lse_R = torch.logsumexp(logits_RV, dim=-1).tolist()
-        plain = all(_is_plain_greedy(row[3]) for row in rows)
-        best_R = _argmax(logits_RV) if plain else None
-        results = []
-        for index, (sequence_id, token_ids, context_len, sampling) in enumerate(rows):
-            result = pb.RowResult(sequence_id=sequence_id, raw_logsumexp=raw_lse_R[index])
-            results.append(result)
-            if not finite_R[index]:
-                result.non_finite = True
-                continue
-            raw_V = logits_RV[index]
-            if sampling.num_logprobs:
-                top_ids, top_logits = top(raw_V, min(sampling.num_logprobs, self._vocab_size))
-                result.top_ids, result.top_raw_logits = _ids(top_ids), _floats(top_logits)
-            if best_R is not None:
-                value = raw_V[best_R[index]]
-                result.processed_logsumexp = raw_lse_R[index]
-                result.candidate_ids = np.array([best_R[index]], dtype="<i4").tobytes()
-                result.candidate_logits = result.candidate_raw_logits = _floats(value[None])
-                continue
-            processed_V = self._processed(raw_V, sequence_id, token_ids, context_len, sampling)
-            self._candidates(result, raw_V, processed_V, sampling)
+        """One result a row of float32 logits [R, V].
+
+        Raises what PenaltyHistory.update raises.
+        """
+        results = [pb.RowResult(sequence_id=row[0]) for row in rows]
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            self._process(logits_RV[part], rows[part], results[part])
         return results
 
-    def _processed(
-        self, raw_V: Tensor, sequence_id: int, token_ids: NDArray[np.int32], context_len: int, sampling: pb.Sampling
-    ) -> Tensor:
-        """The row after mask, bias, penalties and temperature."""
-        x_V = raw_V.clone()
-        if sampling.allowed_token_bitmask:
-            bits = np.frombuffer(sampling.allowed_token_bitmask, dtype=np.uint8)
-            allowed = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
-            x_V[~torch.from_numpy(allowed).to(x_V.device)] = -math.inf
-        if sampling.suppressed_token_ids:
-            x_V[self._put(sampling.suppressed_token_ids, torch.int64)] = -math.inf
-        if sampling.bias_token_ids:
-            x_V.index_add_(
-                0, self._put(sampling.bias_token_ids, torch.int64), self._put(sampling.bias_values, torch.float32)
-            )
-        if has_penalties(sampling):
-            self._history.update(sequence_id, token_ids, context_len, sampling)
-            self._penalize(x_V, sequence_id, sampling)
-        if sampling.temperature > 0:
-            x_V /= sampling.temperature
-        return x_V
+    def _process(self, raw_RV: Tensor, rows: Sequence[Row], results: Sequence[pb.RowResult]) -> None:
+        best_R, ids_R = first_maximum(raw_RV)
+        highest, best_ids = fetch(best_R, ids_R)
+        # The maximum is NaN or +inf where any member is, and -inf where no member is finite.
+        finite = np.isfinite(highest).tolist()
+        asked, others = [], []
+        for index, (*_, sampling) in enumerate(rows):
+            if not finite[index]:
+                results[index].non_finite = True
+                continue
+            if sampling.logprobs:
+                asked.append(index)
+            if sampling.temperature > 0 or is_edited(sampling):
+                others.append(index)
+            else:
+                _answer_greedy(results[index], best_ids[index], highest[index])
+        if asked:
+            self._logprobs(pick(raw_RV, asked), best_R[asked], [rows[i] for i in asked], [results[i] for i in asked])
+        if others:
+            self._choose(raw_RV, others, rows, results)
 
-    def _penalize(self, x_V: Tensor, sequence_id: int, sampling: pb.Sampling) -> None:
-        if sampling.repetition_penalty != 1:  # Keskar et al., 2019, as in transformers: away from the sign
-            seen = torch.from_numpy(self._history.seen(sequence_id)).to(x_V.device)
-            value = x_V[seen]
-            factor = sampling.repetition_penalty
-            x_V[seen] = torch.where(value < 0, value * factor, value / factor)
-        if sampling.frequency_penalty or sampling.presence_penalty:
-            ids, counts = (torch.from_numpy(a).to(x_V.device) for a in self._history.counts(sequence_id))
-            x_V[ids] -= counts * sampling.frequency_penalty + sampling.presence_penalty
+    def _logprobs(self, raw_RV: Tensor, best_R: Tensor, rows: Sequence[Row], results: Sequence[pb.RowResult]) -> None:
+        """The raw log-sum-exp and the highest raw logits."""
+        numbers = [min(row[3].num_logprobs, self._vocab_size) for row in rows]
+        lse_R = logsumexp(raw_RV, best_R)
+        ids_RK, values_RK = top(raw_RV, max(1, *numbers))
+        lse, ids, values = fetch(lse_R, ids_RK, values_RK)
+        for index, number in enumerate(numbers):
+            results[index].raw_logsumexp = lse[index]
+            results[index].top_ids = ids[index, :number].tobytes()
+            results[index].top_raw_logits = values[index, :number].tobytes()
 
-    def _candidates(self, result: pb.RowResult, raw_V: Tensor, x_V: Tensor, sampling: pb.Sampling) -> None:
-        lse = float(torch.logsumexp(x_V, dim=-1))
-        if lse == -math.inf:  # everything is masked: nothing can be chosen
-            result.non_finite = True
-            return
-        result.processed_logsumexp = lse
-        size = min(self._num_candidates(sampling), self._vocab_size)
-        ids_K, logits_K = top(x_V, size)
-        if sampling.temperature > 0 and size < MAX_CANDIDATES and not _cut_inside(logits_K, lse, sampling):
-            wide = min(MAX_CANDIDATES, self._vocab_size)
-            if sampling.top_k:
-                wide = min(wide, sampling.top_k)
-            if wide > size and (sampling.top_p < 1 or sampling.min_p > 0):
-                ids_K, logits_K = top(x_V, wide)
-        result.candidate_ids, result.candidate_logits = _ids(ids_K), _floats(logits_K)
-        result.candidate_raw_logits = _floats(raw_V[ids_K])
-        if sampling.temperature > 0 and len(ids_K) < self._vocab_size and not _cut_inside(logits_K, lse, sampling):
-            self._tail(result, raw_V, x_V, len(ids_K), sampling)
-
-    def _num_candidates(self, sampling: pb.Sampling) -> int:
-        if sampling.temperature == 0:
-            return 1
-        return min(sampling.top_k, MAX_CANDIDATES) if sampling.top_k else BASE_CANDIDATES
-
-    def _tail(self, result: pb.RowResult, raw_V: Tensor, x_V: Tensor, skip: int, sampling: pb.Sampling) -> None:
-        """Draw one token of the kept set beyond the first `skip` tokens, by inverse CDF in sorted order."""
-        order = torch.sort(x_V, descending=True, stable=True).indices  # stable: equal logits by ascending id
-        sorted_V = x_V[order].double()
-        kept = num_kept(sorted_V, sampling)
-        if kept <= skip:
-            return
-        result.tail.kept_logsumexp = float(torch.logsumexp(sorted_V[:kept], dim=-1))
-        mass = torch.exp(sorted_V[skip:kept] - sorted_V[skip])
-        total = mass.cumsum(0)
-        draw = uniform(sampling.seed, sampling.choice_index, sampling.output_position, STREAM_TAIL) * float(total[-1])
-        place = skip + min(int(torch.searchsorted(total, draw, right=True)), kept - skip - 1)
-        token = int(order[place])
-        result.tail.token_id, result.tail.raw_logit = token, float(raw_V[token])
+    def _choose(
+        self, raw_RV: Tensor, places: list[int], all_rows: Sequence[Row], all_results: Sequence[pb.RowResult]
+    ) -> None:
+        """Rows that are edited or drawn; `places` are theirs in raw_RV."""
+        rows, results = [all_rows[i] for i in places], [all_results[i] for i in places]
+        at_R = torch.tensor(places, device=self._device)
+        x_RV = raw_RV.index_select(0, at_R)  # a copy: raw logits of the candidates are wanted too
+        if any(is_edited(row[3]) for row in rows):
+            edit(x_RV, rows, self._history)
+        best_R, ids_R = first_maximum(x_RV)
+        highest, best_ids, raw = fetch(best_R, ids_R, raw_RV[at_R, ids_R])
+        drawn = []
+        for index, row in enumerate(rows):
+            if not math.isfinite(highest[index]):  # everything is masked, or a penalty overflowed: nothing to choose
+                results[index].non_finite = True
+            elif row[3].temperature > 0:
+                drawn.append(index)
+            else:
+                _answer_greedy(results[index], best_ids[index], raw[index])
+        if drawn:
+            x_RV = pick(x_RV, drawn)
+            x_RV -= best_R[drawn, None]  # before the division, which a small temperature would make infinite
+            x_RV /= self._put([rows[i][3].temperature for i in drawn], torch.float32)[:, None]
+            _Draws(raw_RV, at_R[drawn], x_RV, [rows[i][3] for i in drawn], [results[i] for i in drawn]).answer()
 
     def _put(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self._device)
 
 
-def has_penalties(sampling: pb.Sampling) -> bool:
-    """Whether the row needs its sequence's history. An unset repetition penalty (0) is off."""
-    return bool(sampling.repetition_penalty not in (0, 1) or sampling.frequency_penalty or sampling.presence_penalty)
+class _Draws:
+    """Rows with a temperature: processed logits [R, V] relative to each row's highest, which stands at 0."""
+
+    def __init__(
+        self,
+        raw_RV: Tensor,
+        at_R: Tensor,
+        x_RV: Tensor,
+        samplings: Sequence[pb.Sampling],
+        results: Sequence[pb.RowResult],
+    ) -> None:
+        self._raw_RV, self._at_R, self._x_RV = raw_RV, at_R, x_RV
+        self._samplings, self._results = samplings, results
+        self._weights_RCL = weights(x_RV)
+        self._lse_R = mass(self._weights_RCL).log().float()
+
+    def answer(self) -> None:
+        """Fill the results: candidates at the lowest level that holds the cut, and draws from the tails."""
+        levels = [_first_level(top_k(sampling, self._x_RV.shape[1])) for sampling in self._samplings]
+        for level in LEVELS:
+            now = [index for index, first in enumerate(levels) if first == level]
+            for index in self._answer_level(level, now) if now else ():
+                levels[index] = LEVELS[LEVELS.index(level) + 1]
+
+    def _answer_level(self, level: int, now: list[int]) -> list[int]:
+        """Answer the rows whose cut lies within `level` candidates, or that need no more; the others are returned."""
+        samplings, vocab_size = [self._samplings[i] for i in now], self._x_RV.shape[1]
+        ids_RK, values_RK = top(pick(self._x_RV, now), min(level, vocab_size))
+        cuts = Cuts.of(samplings, vocab_size, ids_RK.device)
+        lse_R, num_R, inside_R = cut(values_RK, self._lse_R[now], cuts, vocab_size)
+        raw_RK = self._raw_RV[self._at_R[now][:, None], ids_RK]
+        lse, nums, inside, ids, values, raw = fetch(lse_R, num_R, inside_R, ids_RK, values_RK, raw_RK)
+        later, tails = [], []
+        for place, index in enumerate(now):
+            sampling, result, num = samplings[place], self._results[index], int(nums[place])
+            if not inside[place]:
+                sorted_cut = top_k(sampling, vocab_size) or sampling.top_p < 1
+                if level < MAX_CANDIDATES and (sorted_cut or sampling.min_p > 0):
+                    later.append(index)
+                    continue
+                if sorted_cut:
+                    wide(result, self._raw_RV[self._at_R[index]], self._x_RV[index], self._lse_R[index], sampling)
+                    continue
+            result.processed_logsumexp = lse[place]
+            result.candidate_ids = ids[place, :num].tobytes()
+            result.candidate_logits = values[place, :num].tobytes()
+            result.candidate_raw_logits = raw[place, :num].tobytes()
+            if not inside[place]:
+                tails.append(place)
+        if tails:
+            self._draw_tails([now[place] for place in tails], ids_RK[tails], values_RK[tails])
+        return later
+
+    def _draw_tails(self, rows: list[int], ids_RK: Tensor, values_RK: Tensor) -> None:
+        """One draw a row from what lies beyond its candidates, down to min-p; no other cut is there."""
+        samplings = [self._samplings[i] for i in rows]
+        w_RV = self._weights_RCL.flatten(1)  # a view; each row's weights are used once
+        w_RV[torch.tensor(rows, device=w_RV.device)[:, None], ids_RK] = 0.0
+        for index, sampling in zip(rows, samplings, strict=True):
+            if sampling.min_p > 0:
+                x_V = self._x_RV[index]
+                w_RV[index, : len(x_V)].masked_fill_(x_V < lowest_kept(sampling.min_p), 0.0)
+        w_RCL = pick(self._weights_RCL, rows)
+        tail_R = mass(w_RCL)
+        kept_lse_R = (tail_R + values_RK.double().exp().cumsum(dim=-1)[:, -1]).log().float()
+        numbers = uniforms(
+            [s.seed for s in samplings], [s.choice_index for s in samplings], [s.output_position for s in samplings],
+            STREAM_TAIL,
+        )  # fmt: skip
+        drawn_R = draw(w_RCL, torch.from_numpy(numbers).to(w_RCL.device))
+        raw_R = self._raw_RV[self._at_R[rows], drawn_R]
+        masses, kept_lse, drawn, raw = fetch(tail_R.float(), kept_lse_R, drawn_R, raw_R)
+        for place, index in enumerate(rows):
+            if masses[place] > 0:
+                tail = self._results[index].tail
+                tail.kept_logsumexp, tail.token_id, tail.raw_logit = kept_lse[place], drawn[place], raw[place]
 
 
-def num_kept(sorted_V: Tensor, sampling: pb.Sampling) -> int:
-    """Size of the kept set, given all processed logits in descending order (float64)."""
-    kept = int(torch.isfinite(sorted_V).sum())
-    if sampling.top_k:
-        kept = min(kept, sampling.top_k)
-    if sampling.top_p < 1:
-        mass = torch.softmax(sorted_V[:kept], dim=-1)
-        before = mass.cumsum(0) - mass
-        kept = max(1, int((before < sampling.top_p).sum()))
-    if sampling.min_p > 0:
-        kept = max(1, int((sorted_V[:kept] >= sorted_V[0] + math.log(sampling.min_p)).sum()))
-    return kept
+def pick(x_RV: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows: the tensor itself where they are all of it, else a copy."""
+    if len(rows) == len(x_RV):
+        return x_RV
+    return x_RV.index_select(0, torch.tensor(rows, device=x_RV.device))
 
 
-def top(x_V: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Ids and values of the `size` highest, by (value descending, id ascending); torch.topk leaves ties open."""
-    if size == 1:
-        index = _argmax(x_V[None])
-        ids = torch.tensor(index, device=x_V.device)
-        return ids, x_V[ids]
-    threshold = torch.topk(x_V, size).values[-1]
-    above = torch.nonzero(x_V > threshold).flatten()
-    equal = torch.nonzero(x_V == threshold).flatten()[: size - len(above)]
-    ids = torch.cat((above, equal))
-    ids = ids[torch.argsort(ids)]
-    ids = ids[torch.sort(x_V[ids], descending=True, stable=True).indices]
-    return ids, x_V[ids]
+def lowest_kept(min_p: float) -> float:
+    """The lowest float32 logit, relative to the highest, that min-p keeps: x >= log(min_p) in exact arithmetic."""
+    value = np.float32(math.log(min_p))
+    return float(value if float(value) >= math.log(min_p) else np.nextafter(value, np.float32(np.inf)))
 
 
-def _argmax(x_RV: Tensor) -> list[int]:
-    """The lowest id among the highest values of each row."""
-    best_R1 = x_RV.amax(dim=-1, keepdim=True)
-    return (x_RV == best_R1).int().argmax(dim=-1).tolist()
+def _first_level(kept: int) -> int:
+    return next((level for level in LEVELS if kept <= level), MAX_CANDIDATES)
 
 
-def _cut_inside(logits_K: Tensor, lse: float, sampling: pb.Sampling) -> bool:
-    """Whether the kept set ends within the candidates, whatever comes after them."""
-    size = len(logits_K)
-    if not math.isfinite(float(logits_K[-1])):
-        return True
-    if sampling.top_k and sampling.top_k <= size:
-        return True
-    if sampling.min_p > 0 and float(logits_K[-1]) < float(logits_K[0]) + math.log(sampling.min_p):
-        return True
-    if sampling.top_p < 1 and not sampling.top_k:
-        mass = torch.exp(logits_K.double() - lse)
-        return float(mass.sum()) - float(mass[-1]) >= sampling.top_p
-    return False
-
-
-def _is_plain_greedy(sampling: pb.Sampling) -> bool:
-    return not (
-        sampling.temperature
-        or sampling.suppressed_token_ids
-        or sampling.bias_token_ids
-        or sampling.allowed_token_bitmask
-        or has_penalties(sampling)
-    )
-
-
-def _ids(ids: Tensor) -> bytes:
-    return ids.cpu().numpy().astype("<i4").tobytes()
-
-
-def _floats(values: Tensor) -> bytes:
-    return values.float().cpu().numpy().astype("<f4").tobytes()
+def _answer_greedy(result: pb.RowResult, token_id: int, raw_logit: float) -> None:
+    result.candidate_ids = np.array([token_id], dtype="<i4").tobytes()
+    result.candidate_logits = np.zeros(1, dtype="<f4").tobytes()
+    result.candidate_raw_logits = np.array([raw_logit], dtype="<f4").tobytes()

@@ -9,8 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from gateway.pipelines.discovery import describe
+from stageline.errors import ConfigError
+from stages.__main__ import main
+from stages.spec import StageSpec
 from tests.tiny import save_tiny
 
 
@@ -53,6 +57,80 @@ def test_user_errors_are_one_line_and_exit_code_2(folder, args, says: str) -> No
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+WRONG_ARGUMENTS = [
+    (("--port", "99999"), "port must be an integer in [0, 65535], got 99999"),
+    (("--port", "-1"), "port must be an integer in [0, 65535], got -1"),
+    (("--num-blocks", "-3"), "num_blocks must be an integer in [2, "),
+    (("--num-blocks", "0"), "num_blocks must be an integer in [2, "),
+    (("--num-blocks", "1"), "num_blocks must be an integer in [2, "),
+    (("--num-threads", "0"), "num_threads must be an integer in [1, "),
+    (("--block-size-tokens", "0"), "block_size_tokens must be an integer in [1, "),
+    (("--block-size-tokens", "-1"), "block_size_tokens must be an integer in [1, "),
+    (("--kv-memory-bytes", "-5"), "kv_memory_bytes must be an integer in [1, "),
+    (("--dtype", "float16"), "dtype must be one of float32, bfloat16, got 'float16'"),
+    (("--device", "tpu"), "device must be one of cpu, cuda, got 'tpu'"),
+    (("--host", ""), "host must be text that is not empty, got ''"),
+    (("--layers", "3-3"), "end_layer must be above start_layer (3), got 3"),
+]
+
+
+@pytest.mark.parametrize(("args", "says"), WRONG_ARGUMENTS)
+def test_wrong_arguments_end_with_2(monkeypatch, capsys, args, says: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["stages", "--model", "nowhere", "--layers", "0-4", "--port", "0", *args])
+    assert main() == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_wrong_argument_is_told_before_torch_is_loaded() -> None:
+    code = (
+        "import sys; from stages.__main__ import main; sys.argv[1:] = "
+        "'--model m --layers 0-1 --port 99999'.split(); code = main(); sys.exit(code + 100 * ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"num_threads": "2"}, "num_threads"),
+        ({"port": 7001.0}, "port"),
+        ({"num_blocks": True}, "num_blocks"),
+        ({"queue_depth_steps": 0}, "queue_depth_steps"),
+        ({"start_layer": -1}, "start_layer"),
+        ({"start_layer": None}, "start_layer"),
+        ({"batch_invariant": "no"}, "batch_invariant"),
+        ({"dtype": ["float32"]}, "dtype"),
+        ({"revision": 3}, "revision"),
+        ({"model": 7}, "model"),
+    ],
+    ids=str,
+)
+def test_a_specification_from_another_process_is_checked_too(change, field: str) -> None:
+    plain = StageSpec(model="m", start_layer=0, end_layer=4).to_dict()
+    assert StageSpec.from_dict(plain).to_dict() == plain
+    with pytest.raises(ConfigError, match=f"{field} must be .*, got ") as caught:
+        StageSpec.from_dict({**plain, **change})
+    assert caught.value.metadata["field"] == field
+    with pytest.raises(ConfigError, match="missing fields model"):
+        StageSpec.from_dict({"start_layer": 0, "end_layer": 1})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_device_is_named(folder, monkeypatch, capsys) -> None:
+    arguments = ["--model", str(folder), "--layers", "0-4", "--port", "0", "--device", "cuda"]
+    monkeypatch.setattr(sys, "argv", ["stages", *arguments])
+    assert main() == 2
+    assert "finds no CUDA device" in capsys.readouterr().err
+
+
+def test_a_host_that_is_not_ours_is_not_a_taken_port(folder, monkeypatch, capsys) -> None:
+    arguments = ["--model", str(folder), "--layers", "0-4", "--port", "0", "--host", "192.0.2.1"]
+    monkeypatch.setattr(sys, "argv", ["stages", *arguments])
+    assert main() == 2
+    assert "[HOST_NOT_LOCAL]" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_named(folder) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from gateway.sampling import make_sampling
 from gateway.types import SamplingParams
-from stageline.errors import FailedPreconditionError
+from stageline.errors import FailedPreconditionError, InternalError
 from stages.logits.history import PenaltyHistory
 
 
@@ -36,3 +36,17 @@ def test_unregistered_and_released_sequences_are_refused():
     history.release([1])
     with pytest.raises(FailedPreconditionError, match="no history"):
         row(history, (9,), 2)
+
+
+def test_a_gap_is_an_error_and_changes_nothing():
+    history = PenaltyHistory()
+    row(history, (3, 5), 2, ((3, 5), ()))
+    with pytest.raises(InternalError, match="holds 2 tokens, but the row follows 3") as caught:
+        row(history, (9,), 4)
+    assert caught.value.reason == "HISTORY_GAP"
+    assert state(history) == ([3, 5], {})
+    row(history, (9, 9), 4)
+    row(history, (5, 9, 9, 5), 5)  # overlaps what was counted
+    assert state(history) == ([3, 5, 9], {5: 1.0, 9: 2.0})
+    with pytest.raises(InternalError, match="holds 3 tokens"):
+        row(history, (1,), 9, ((3, 5), (9,)))

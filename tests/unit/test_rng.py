@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.rng import philox4x32, uniform
+from stages.rng import STREAM_CHOICE, STREAM_TAIL, philox4x32, uniform, uniforms
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,10 @@ def test_every_argument_changes_the_number():
     numbers = {uniform(*args) for args in [(1, 2, 3, 0), (1 << 40, 2, 3, 0), (1, 3, 3, 0), (1, 2, 4, 0), (1, 2, 3, 1)]}
     assert len(numbers) == 5
     assert all(0 <= number < 1 for number in numbers)
+
+
+def test_many_rows_at_once_are_the_same_numbers():
+    seeds, choices, positions = [0, 1, 2**53 - 1, 2**64 - 1, 7], [0, 3, 127, 2**32 - 1, 1], [0, 1, 40_000, 2**32 - 1, 9]
+    for stream in (STREAM_CHOICE, STREAM_TAIL):
+        expected = [uniform(*args, stream) for args in zip(seeds, choices, positions, strict=True)]
+        assert uniforms(seeds, choices, positions, stream).tolist() == expected

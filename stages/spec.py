@@ -1,0 +1,96 @@
+"""What one stage is asked to be, checked before anything heavy is loaded. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from stageline.errors import ConfigError
+from stages.config_values import MAX_LAYERS
+
+DTYPE_NAMES = ("float32", "bfloat16")
+DEVICES = ("cpu", "cuda")
+_MAX_INT32 = (1 << 31) - 1  # slots and block ids travel as int32
+_INTEGERS = (
+    ("start_layer", 0, MAX_LAYERS),
+    ("end_layer", 1, MAX_LAYERS),
+    ("block_size_tokens", 1, 1 << 16),
+    ("kv_memory_bytes", 1, 1 << 50),
+    ("num_blocks", 2, _MAX_INT32),
+    ("num_threads", 1, 1024),
+    ("port", 0, 65535),
+    ("queue_depth_steps", 1, 1 << 16),
+)
+_OPTIONAL = ("kv_memory_bytes", "num_blocks", "num_threads")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpec:
+    """What a stage is, in plain values, so that it can cross process borders.
+
+    Raises ConfigError where a value cannot be right on any machine; what depends on the machine or the checkpoint is
+    checked when the stage starts. After `stall_timeout_s` in one step a replica reports itself unhealthy, so that it is
+    replaced; the gateway gives up on it earlier (pipelines.stall_timeout_s).
+    """
+
+    model: str
+    start_layer: int
+    end_layer: int
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    batch_invariant: bool = False
+    debug_kv: bool = False
+    block_size_tokens: int = 16
+    kv_memory_bytes: int | None = None
+    num_blocks: int | None = None
+    num_threads: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    revision: str | None = None
+    queue_depth_steps: int = 8
+    stall_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("model", "host"):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, str) and value.strip() != "", "text that is not empty")
+        self._check("revision", self.revision is None or isinstance(self.revision, str), "text")
+        self._check("dtype", self.dtype in DTYPE_NAMES, f"one of {', '.join(DTYPE_NAMES)}")
+        self._check("device", self.device in DEVICES, f"one of {', '.join(DEVICES)}")
+        for name in ("batch_invariant", "debug_kv"):
+            self._check(name, isinstance(getattr(self, name), bool), "true or false")
+        seconds = self.stall_timeout_s
+        self._check("stall_timeout_s", isinstance(seconds, int | float) and seconds > 0, "a number of seconds over 0")
+        for name, low, high in _INTEGERS:
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            self._check(name, is_integer and low <= value <= high, f"an integer in [{low}, {high}]")
+        self._check("end_layer", self.end_layer > self.start_layer, f"above start_layer ({self.start_layer})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For another process."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> StageSpec:
+        """Raises ConfigError for an unknown field."""
+        unknown = data.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ConfigError("CONFIG_UNKNOWN_KEY", f"stage specification: unknown fields {', '.join(sorted(unknown))}")
+        missing = {"model", "start_layer", "end_layer"} - data.keys()
+        if missing:
+            raise ConfigError("CONFIG_KEY_MISSING", f"stage specification: missing fields {', '.join(sorted(missing))}")
+        return cls(**data)
+
+    def _check(self, name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            value = getattr(self, name)
+            raise ConfigError(
+                "PORT_OUT_OF_RANGE" if name == "port" else "CONFIG_INVALID",
+                f"{name} must be {expected}, got {value!r}",
+                field=name,
+                value=repr(value),
+                expected=expected,
+            )
