@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,12 +11,18 @@ if TYPE_CHECKING:
     from gateway.grammar import CompiledGrammar
 
 
+def to_float32(number: float) -> float:
+    """The nearest float32; infinite beyond the largest, 0 below the smallest."""
+    return ctypes.c_float(number).value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request's tokens are chosen; already validated and completed from the model's defaults.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 keep every token. `seed` is always set: drawn at the
-    door where the client gave none. `eos_token_ids` is empty with ignore_eos.
+    door where the client gave none. `eos_token_ids` is empty with ignore_eos. The real numbers are float32 values, as
+    they travel to the last stage: both sides of a cut see the same boundary.
     """
 
     temperature: float = 1.0
@@ -35,6 +42,12 @@ class SamplingParams:
     include_stop_string: bool = False
     num_logprobs: int | None = None
     skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"
+        ):  # fmt: skip
+            object.__setattr__(self, name, to_float32(getattr(self, name)))
 
     def has_penalties(self) -> bool:
         """Whether the last stage must keep the sequence's history."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from gateway.api.raw import RawRequest
+from gateway.types import to_float32
 from stageline.errors import InvalidArgumentError
 
 
@@ -25,13 +26,17 @@ def real(
     raw: RawRequest, field: str, value: float | None, default: Any, fallback: float, *,
     low: float = 0.0, high: float = math.inf, above_low: bool = False,
 ) -> float:  # fmt: skip
-    """A finite number in [low, high], or in (low, high] with `above_low`; `default` is generation_config.json's."""
+    """A float32 in [low, high], or in (low, high] with `above_low`; `default` is generation_config.json's.
+
+    Checked as float32, as the last stage will see it: 1e-50 is 0 there, and 1e39 infinite.
+    """
     given = value is not None
-    number = float(value if value is not None else fallback if default is None else default)
+    asked = float(value if value is not None else fallback if default is None else default)
+    number = to_float32(asked)
     if not math.isfinite(number) or number > high or number < low or (above_low and number == low):
         expected = f"in {'(' if above_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
         source = "" if given else " (from the model's generation_config.json; set the field)"
-        fail(raw, field, _reason(field), f"must be {expected}, got {number:g}{source}", value=number, expected=expected)
+        fail(raw, field, _reason(field), f"must be {expected}, got {asked:g}{source}", value=asked, expected=expected)
     return number
 
 

@@ -170,8 +170,10 @@ async def test_extra_sampling_fields_reach_the_engine(client, doors):
         frequency_penalty=0.25, presence_penalty=-1, max_tokens=3, extra_body=extra,
     )  # fmt: skip
     params = doors.engine.requests[0].sampling
-    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 5, 0.1)
-    assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == (1.2, 0.25, -1.0)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == pytest.approx((0.5, 0.9, 5, 0.1))
+    assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == pytest.approx(
+        (1.2, 0.25, -1)
+    )
     assert (params.eos_token_ids, params.min_tokens, params.stop_token_ids) == ((), 2, (65,))
     assert (params.skip_special_tokens, params.include_stop_string) == (False, True)
     assert (params.stop_strings, params.logit_bias) == (("x", "y"), ((65, -100.0),))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.api.raw import RawRequest, RawResume, TokenPrompt
 from gateway.api.validate import check_served, validate
-from gateway.types import ModelInfo
+from gateway.sampling import make_sampling
+from gateway.types import ModelInfo, to_float32
 from stageline.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError
 
 PROMPT = (1, 2, 3)
@@ -32,11 +35,14 @@ def accept(prompt=PROMPT, info=None, **fields):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        *(({"temperature": v}, "TEMPERATURE_OUT_OF_RANGE") for v in (-0.1, math.nan, math.inf, -math.inf)),
-        *(({"top_p": v}, "TOP_P_OUT_OF_RANGE") for v in (0.0, -1.0, 1.01, math.nan)),
+        *(({"temperature": v}, "TEMPERATURE_OUT_OF_RANGE") for v in (-0.1, math.nan, math.inf, -math.inf, 1e39)),
+        *(({"top_p": v}, "TOP_P_OUT_OF_RANGE") for v in (0.0, -1.0, 1.01, math.nan, 1e-50)),
         *(({"min_p": v}, "MIN_P_OUT_OF_RANGE") for v in (-0.1, 1.1, math.nan)),
         *(({"top_k": v}, "TOP_K_OUT_OF_RANGE") for v in (-1, 2**31)),
-        *(({"repetition_penalty": v}, "REPETITION_PENALTY_OUT_OF_RANGE") for v in (0.0, -1.0, math.inf, math.nan)),
+        *(
+            ({"repetition_penalty": v}, "REPETITION_PENALTY_OUT_OF_RANGE")
+            for v in (0.0, -1.0, math.inf, math.nan, 1e-50, 1e39)
+        ),
         *(({"frequency_penalty": v}, "FREQUENCY_PENALTY_OUT_OF_RANGE") for v in (-2.1, 2.1, math.nan)),
         *(({"presence_penalty": v}, "PRESENCE_PENALTY_OUT_OF_RANGE") for v in (-2.1, 2.1, math.nan)),
         *(({"seed": v}, "SEED_OUT_OF_RANGE") for v in (-1, 2**64)),
@@ -98,11 +104,27 @@ def test_default_max_tokens_is_what_is_left_or_the_doors():
 def test_generation_config_fills_what_is_not_given():
     info = model(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05, do_sample=True, eos_token_id=[9, 8])
     sampling = accept(info=info).sampling
-    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 20)
-    assert (sampling.repetition_penalty, sampling.eos_token_ids) == (1.05, (9, 8))
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == pytest.approx((0.7, 0.8, 20))
+    assert (sampling.repetition_penalty, sampling.eos_token_ids) == (to_float32(1.05), (9, 8))
     given = accept(info=info, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, ignore_eos=True).sampling
     assert (given.temperature, given.top_p, given.top_k, given.repetition_penalty) == (0.0, 1.0, 0, 1.0)
     assert given.eos_token_ids == ()
+
+
+@given(st.floats(0.01, 1), st.floats(0, 1), st.floats(0, 100), st.floats(0.01, 100), st.floats(-2, 2))
+def test_the_last_stage_sees_the_same_numbers(top_p, min_p, temperature, repetition, other):
+    params = accept(
+        top_p=top_p, min_p=min_p, temperature=temperature, repetition_penalty=repetition, frequency_penalty=other,
+        presence_penalty=other,
+    ).sampling  # fmt: skip
+    sent = make_sampling(params, choice_index=0, output_position=0)
+    for name in ("top_p", "min_p", "temperature", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+        assert getattr(params, name) == getattr(sent, name)
+
+
+def test_a_number_too_small_for_the_wire_is_nought_on_both_sides():
+    params = accept(temperature=1e-50, min_p=1e-50, frequency_penalty=1e-50).sampling
+    assert (params.temperature, params.min_p, params.has_penalties()) == (0, 0, False)
 
 
 def test_do_sample_false_is_greedy_unless_a_temperature_is_given():
