@@ -27,7 +27,9 @@ def test_each_unfinished_choice_is_resumed_by_itself():
     first, last = progress.requests()
     assert first.resume == pb.Resume(token_ids=[5, 6], model_fingerprint="f", seed=7, choice_index=0)
     assert last.resume == pb.Resume(model_fingerprint="f", seed=7, choice_index=2)
-    assert not first.HasField("num_choices") and first.text == "abc" and first.request_id == "r"
+    assert not first.HasField("num_choices")
+    assert first.text == "abc"
+    assert first.request_id == "r"
     assert progress.usage() == pb.Usage(prompt_tokens=3, completion_tokens=3)
 
 
@@ -53,7 +55,8 @@ def test_a_resumed_stream_of_something_else_is_refused(changed):
 def test_nothing_follows_the_end_of_a_choice():
     progress = begun()
     progress.take(pb.ChoiceDelta(index=0, finish_reason=pb.FINISH_REASON_LENGTH))
-    assert progress.finished and progress.requests() == []
+    assert progress.finished
+    assert progress.requests() == []
     for index in (0, 1):
         with pytest.raises(InternalError, match="unknown or has ended"):
             progress.take(pb.ChoiceDelta(index=index))
