@@ -55,10 +55,13 @@ def from_rpc_error(error: Any) -> StagelineError:
     code = error.code()
     kind = _BY_CODE.get(code.name, errors.InternalError)
     status = rpc_status.from_call(error)
+    typed = kind(code.name, f"gRPC {code.name}: {error.details()}")
+    typed.metadata = {}
     for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info) and info.domain == errors.DOMAIN:
-            typed = kind(info.reason, error.details() or "")
-            typed.metadata = dict(info.metadata)
-            return typed
-    return kind(code.name, f"gRPC {code.name}: {error.details()}")
+            known, typed = typed.metadata, kind(info.reason, error.details() or "")
+            typed.metadata = {**known, **info.metadata}
+        elif detail.Unpack(retry):  # a proxy may send one without our ErrorInfo
+            typed.metadata.setdefault("retry_after_s", str(retry.retry_delay.ToTimedelta().total_seconds()))
+    return typed

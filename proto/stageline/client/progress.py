@@ -74,10 +74,13 @@ class Progress:
             requests.append(request)
         return requests
 
-    def usage(self) -> pb.Usage:
-        """As if undisturbed. Zeros before `start`."""
+    def usage(self, received: pb.Usage | None = None) -> pb.Usage:
+        """As if undisturbed. Zeros before `start`; `received` is the server's own count, which knows of its cache but not of
+        what came before a break."""
+        usage = pb.Usage() if received is None else received
         prompt_tokens = 0 if self.start is None else self.start.prompt_tokens
-        return pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=sum(map(len, self._token_ids.values())))
+        usage.prompt_tokens, usage.completion_tokens = prompt_tokens, sum(map(len, self._token_ids.values()))
+        return usage
 
     def _copy(self) -> pb.Generation:
         copy = pb.Generation()

@@ -726,7 +726,7 @@ class Resume(_message.Message):
     """Required. The choice to continue; the response has only this one."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Required. The tokens received so far."""
+        """The tokens received so far; may be none."""
 
     def __init__(
         self,
@@ -788,7 +788,9 @@ Global___GenerationStart: _TypeAlias = GenerationStart  # noqa: Y015
 
 @_typing.final
 class ChoiceDelta(_message.Message):
-    """ChoiceDelta is what is new of one choice."""
+    """ChoiceDelta is what is new of one choice. Tokens and the text that they complete come in one delta, never split: the
+    tokens received say exactly which text was.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
