@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file that must hold one JSON object. Raises CheckpointError (METADATA_UNREADABLE)."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError("METADATA_UNREADABLE", f"{path} cannot be read as JSON: {error}", path=path) from None
     if not isinstance(data, dict):
         raise CheckpointError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from stageline.errors import InvalidArgumentError
@@ -9,7 +11,12 @@ from stageline.stage.v1 import stage_service_pb2 as pb
 
 
 def check_sampling(sampling: pb.Sampling, vocab_size: int) -> None:
-    """Raises InvalidArgumentError (reason MALFORMED_STEP) for ids out of the vocabulary and lists that do not fit."""
+    """Raises InvalidArgumentError (reason MALFORMED_STEP): ids out of the vocabulary, lists that do not fit, wrong numbers."""
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+        value = getattr(sampling, name)
+        may_be_negative = name in ("frequency_penalty", "presence_penalty")
+        if not math.isfinite(value) or (value < 0 and not may_be_negative):
+            raise _bad(f"{name} must be finite{'' if may_be_negative else ' and not negative'}, got {value}")
     for name in ("suppressed_token_ids", "bias_token_ids"):
         ids = getattr(sampling, name)
         if ids and max(ids) >= vocab_size:

@@ -187,6 +187,7 @@ def test_a_corrupt_header(tmp_path, header, match) -> None:
         '{"weight_map": {"a": "../secret.safetensors"}}',
         '{"weight_map": {"a": "b.bin"}}',
         "\udcff",
+        "[" * 100_000,
     ],
 )
 def test_a_bad_index(folder, text) -> None:

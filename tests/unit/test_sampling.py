@@ -26,8 +26,8 @@ from transformers import (
 from gateway.sampling import choose, choose_rows, make_sampling
 from gateway.sampling.kept import kept_probabilities
 from gateway.types import SamplingParams
-from stageline.errors import InternalError
-from stages.logits import LogitsProcessor
+from stageline.errors import InternalError, InvalidArgumentError
+from stages.logits import LogitsProcessor, check_sampling
 from stages.logits.edits import edit
 from stages.logits.history import PenaltyHistory
 from stages.logits.mass import draw, logsumexp, mass, weights
@@ -392,3 +392,20 @@ def test_extreme_temperatures_are_the_limits(temperature: float) -> None:
         assert choose(result, params, choice_index=0, position=3).token_id == int(normal((1, 2000), 5.0).argmax())
     else:
         assert kept_probabilities(result, params) == pytest.approx([1 / 2000] * 64, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": math.nan}, {"top_p": -0.5},
+        {"min_p": math.inf}, {"repetition_penalty": -1.0}, {"frequency_penalty": math.nan}, {"presence_penalty": math.inf},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_no_gateway_sends_are_refused(change: dict[str, float]) -> None:
+    sampling = make_sampling(SamplingParams(), choice_index=0, output_position=0)
+    check_sampling(sampling, 50)
+    [(name, value)] = change.items()
+    setattr(sampling, name, value)
+    with pytest.raises(InvalidArgumentError, match=f"{name} must be finite"):
+        check_sampling(sampling, 50)
