@@ -130,7 +130,7 @@ class Keeper:
                 if opened:
                     await self._account(lane, pipeline)
                 await pipeline.close()
-            restarts = restarts.after(opened=opened, progressed=lane.num_tokens > 0)
+            restarts = restarts.after(opened=opened, progressed=opened and lane.num_tokens > 0)
             if restarts.exhausted:
                 lane.fail_all(
                     UnavailableError(
