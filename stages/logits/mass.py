@@ -12,13 +12,15 @@ from torch import Tensor
 CHUNK = 512
 
 
-def weights(x_RV: Tensor) -> Tensor:
-    """exp(x) as [R, C, L] float32, zero beyond the vocabulary. x must not exceed 0 by much."""
-    num_rows, vocab_size = x_RV.shape
-    w_RCL = x_RV.new_empty(num_rows, -(-vocab_size // CHUNK), CHUNK)
-    flat_RV = w_RCL.view(num_rows, -1)
-    flat_RV[:, vocab_size:] = 0
-    torch.exp(x_RV, out=flat_RV[:, :vocab_size])
+def new_weights(num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
+    """Zeros [R, C, L] float32 to be filled again and again: fresh memory costs more than the sums themselves."""
+    return torch.zeros(num_rows, -(-vocab_size // CHUNK), CHUNK, device=device)
+
+
+def weights(x_RV: Tensor, out_RCL: Tensor) -> Tensor:
+    """exp(x) as [R, C, L] float32 within `out_RCL`, zero beyond the vocabulary. x must not exceed 0 by much."""
+    w_RCL = out_RCL[: len(x_RV)]
+    torch.exp(x_RV, out=w_RCL.flatten(1)[:, : x_RV.shape[1]])
     return w_RCL
 
 
@@ -27,9 +29,13 @@ def mass(w_RCL: Tensor) -> Tensor:
     return w_RCL.sum(dim=-1).double().cumsum(dim=-1)[:, -1]
 
 
-def logsumexp(x_RV: Tensor, highest_R: Tensor) -> Tensor:
-    """log(sum(exp(x))) of each row, [R] float32, given its (finite) maximum."""
-    return (mass(weights(x_RV - highest_R[:, None])).log() + highest_R).float()
+def logsumexp(x_RV: Tensor, highest_R: Tensor, out_RCL: Tensor) -> Tensor:
+    """log(sum(exp(x))) of each row, [R] float32, given its (finite) maximum; `out_RCL` is written over."""
+    w_RCL = out_RCL[: len(x_RV)]
+    flat_RV = w_RCL.flatten(1)[:, : x_RV.shape[1]]
+    torch.sub(x_RV, highest_R[:, None], out=flat_RV)
+    flat_RV.exp_()
+    return (mass(w_RCL).log() + highest_R).float()
 
 
 def draw(w_RCL: Tensor, uniform_R: Tensor) -> Tensor:

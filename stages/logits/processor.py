@@ -20,7 +20,7 @@ from torch import Tensor
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.logits.edits import Row, edit, is_edited
 from stages.logits.history import PenaltyHistory
-from stages.logits.mass import draw, logsumexp, mass, weights
+from stages.logits.mass import draw, logsumexp, mass, new_weights, weights
 from stages.logits.nucleus import MAX_CANDIDATES, Cuts, cut, top_k, wide
 from stages.logits.top import first_maximum, top
 from stages.logits.transfer import fetch
@@ -36,6 +36,8 @@ class LogitsProcessor:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size, self._device = vocab_size, device
         self._history = PenaltyHistory()
+        self._x_RV = torch.empty(ROWS_AT_ONCE, vocab_size, device=device)
+        self._weights_RCL = new_weights(ROWS_AT_ONCE, vocab_size, device)
 
     def release(self, sequence_ids: Iterable[int]) -> None:
         """Forget the histories of sequences that ended."""
@@ -80,7 +82,7 @@ class LogitsProcessor:
     def _logprobs(self, raw_RV: Tensor, best_R: Tensor, rows: Sequence[Row], results: Sequence[pb.RowResult]) -> None:
         """The raw log-sum-exp and the highest raw logits."""
         numbers = [min(row[3].num_logprobs, self._vocab_size) for row in rows]
-        lse_R = logsumexp(raw_RV, best_R)
+        lse_R = logsumexp(raw_RV, best_R, self._weights_RCL)
         ids_RK, values_RK = top(raw_RV, max(1, *numbers))
         lse, ids, values = fetch(lse_R, ids_RK, values_RK)
         for index, number in enumerate(numbers):
@@ -94,7 +96,9 @@ class LogitsProcessor:
         """Rows that are edited or drawn; `places` are theirs in raw_RV."""
         rows, results = [all_rows[i] for i in places], [all_results[i] for i in places]
         at_R = torch.tensor(places, device=self._device)
-        x_RV = raw_RV.index_select(0, at_R)  # a copy: raw logits of the candidates are wanted too
+        x_RV = torch.index_select(
+            raw_RV, 0, at_R, out=self._x_RV[: len(places)]
+        )  # a copy: raw logits of the candidates are wanted too
         if any(is_edited(row[3]) for row in rows):
             edit(x_RV, rows, self._history)
         best_R, ids_R = first_maximum(x_RV)
@@ -111,7 +115,9 @@ class LogitsProcessor:
             x_RV = pick(x_RV, drawn)
             x_RV -= best_R[drawn, None]  # before the division, which a small temperature would make infinite
             x_RV /= self._put([rows[i][3].temperature for i in drawn], torch.float32)[:, None]
-            _Draws(raw_RV, at_R[drawn], x_RV, [rows[i][3] for i in drawn], [results[i] for i in drawn]).answer()
+            weights_RCL = weights(x_RV, self._weights_RCL)
+            samplings, answers = [rows[i][3] for i in drawn], [results[i] for i in drawn]
+            _Draws(raw_RV, at_R[drawn], x_RV, weights_RCL, samplings, answers).answer()
 
     def _put(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self._device)
@@ -125,13 +131,14 @@ class _Draws:
         raw_RV: Tensor,
         at_R: Tensor,
         x_RV: Tensor,
+        weights_RCL: Tensor,
         samplings: Sequence[pb.Sampling],
         results: Sequence[pb.RowResult],
     ) -> None:
         self._raw_RV, self._at_R, self._x_RV = raw_RV, at_R, x_RV
         self._samplings, self._results = samplings, results
-        self._weights_RCL = weights(x_RV)
-        self._lse_R = mass(self._weights_RCL).log().float()
+        self._weights_RCL = weights_RCL
+        self._lse_R = mass(weights_RCL).log().float()
 
     def answer(self) -> None:
         """Fill the results: candidates at the lowest level that holds the cut, and draws from the tails."""

@@ -30,7 +30,7 @@ from stageline.errors import InternalError, InvalidArgumentError
 from stages.logits import LogitsProcessor, check_sampling
 from stages.logits.edits import edit
 from stages.logits.history import PenaltyHistory
-from stages.logits.mass import draw, logsumexp, mass, weights
+from stages.logits.mass import draw, logsumexp, mass, new_weights, weights
 from stages.logits.top import first_maximum, top
 
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ def test_the_draw_by_index_is_the_inverse_cdf_of_the_whole_row() -> None:
     x_V -= x_V.max()
     cdf = np.cumsum(np.exp(x_V.double().numpy()))
     numbers = np.append(np.linspace(0, 1, 4000, endpoint=False), [np.nextafter(1, 0), 0.0])
-    w_RCL = weights(x_V[None]).expand(len(numbers), -1, -1).contiguous()
+    w_RCL = weights(x_V[None], new_weights(1, 5000, CPU)).expand(len(numbers), -1, -1).contiguous()
     got = draw(w_RCL, torch.from_numpy(numbers)).numpy()
     assert torch.isfinite(x_V[got]).all()
     share, before = cdf / cdf[-1], np.append(0, cdf / cdf[-1])
@@ -218,9 +218,9 @@ def test_a_tail_of_one_token_is_drawn_wherever_it_stands() -> None:
 @pytest.mark.parametrize("vocab", [7, 512, 1000, 151_936])
 def test_sums_in_chunks_are_sums(vocab: int) -> None:
     x_RV = normal((3, vocab), 4.0)
-    exact_R = x_RV.double().exp().sum(dim=-1)
-    torch.testing.assert_close(mass(weights(x_RV)), exact_R, rtol=1e-6, atol=0)
-    torch.testing.assert_close(logsumexp(x_RV, x_RV.amax(-1)), exact_R.log().float(), rtol=1e-6, atol=1e-6)
+    exact_R, room_RCL = x_RV.double().exp().sum(dim=-1), new_weights(5, vocab, CPU)
+    torch.testing.assert_close(mass(weights(x_RV, room_RCL)), exact_R, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logsumexp(x_RV, x_RV.amax(-1), room_RCL), exact_R.log().float(), rtol=1e-6, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=150)
