@@ -14,7 +14,7 @@ from gateway.grammar import Outbox
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from gateway.pipelines.pipeline import Pipeline
-from gateway.sampling import choose
+from gateway.sampling import choose_rows
 from gateway.scheduler import PROBE_PRIORITY, MicroBatch, Scheduler, Sequence, StepTiming, check_integrity
 from gateway.types import PipelineStatus, ReplicaStatus
 from stageline.errors import (
@@ -216,21 +216,29 @@ class Lane:
 
     def _on_rows(self, batch: MicroBatch, results: dict[int, pb.RowResult], timing: StepTiming | None) -> None:
         assert self.scheduler is not None
-        chosen = {}
+        wanted: list[tuple[ChoiceState, pb.RowResult, int]] = []
         for row in batch.rows:
             choice = self._choices.get(row.sequence.sequence_id)
             if choice is None or not row.wants_output:  # cancelled on the way, or a prefill chunk
                 continue
             try:
-                chosen[row.sequence.sequence_id] = choose(
-                    _result(results, row.sequence.sequence_id),
-                    choice.params,
-                    choice_index=choice.index,
-                    position=row.output_position,
-                )
+                wanted.append((choice, _result(results, row.sequence.sequence_id), row.output_position))
             except StagelineError as error:
                 choice.fail(error)
                 self._drop(choice)
+        answers = choose_rows(
+            [result for _, result, _ in wanted],
+            [choice.params for choice, _, _ in wanted],
+            choice_indices=[choice.index for choice, _, _ in wanted],
+            positions=[position for _, _, position in wanted],
+        )
+        chosen = {}
+        for (choice, result, _), answer in zip(wanted, answers, strict=True):
+            if isinstance(answer, StagelineError):
+                choice.fail(answer)
+                self._drop(choice)
+            else:
+                chosen[result.sequence_id] = answer
         tokens = {sequence_id: c.token_id for sequence_id, c in chosen.items()}
         self.scheduler.complete(batch.step_id, tokens, timing=timing)
         for sequence_id, token in chosen.items():

@@ -19,6 +19,7 @@ from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.rng import STREAM_CHOICE, uniform, uniforms
 
 _WIDEST = 512  # candidates of a row that is chosen together with others; padding would cost more than it saves
+_FEWEST = 12  # rows that make a matrix worth its fixed cost (benchmarks/sampler.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +55,14 @@ def choose_rows(
 
     Rows of up to 512 candidates are cut and drawn in one matrix.
     """
-    chosen: list[Choice | InternalError] = []
-    together = []
-    for index, (result, asked) in enumerate(zip(results, params, strict=True)):
-        wide = len(result.candidate_logits) > 4 * _WIDEST
-        if asked.temperature > 0 and not wide and not result.non_finite:
-            together.append(index)
-            chosen.append(_PENDING)
-            continue
-        try:
-            chosen.append(choose(result, asked, choice_index=choice_indices[index], position=positions[index]))
-        except InternalError as error:
-            chosen.append(error)
+    together = [
+        index
+        for index, (result, asked) in enumerate(zip(results, params, strict=True))
+        if asked.temperature > 0 and not result.non_finite and len(result.candidate_logits) <= 4 * _WIDEST
+    ]
+    if len(together) < _FEWEST:
+        together = []
+    chosen: dict[int, Choice | InternalError] = {}
     if together:
         numbers = uniforms(
             [params[i].seed for i in together],
@@ -76,10 +73,13 @@ def choose_rows(
         places, sizes = places_in_matrix([results[i] for i in together], [params[i] for i in together], numbers)
         for index, place, size in zip(together, places, sizes, strict=True):
             chosen[index] = _choice(results[index], params[index], place, size)
-    return chosen
-
-
-_PENDING = InternalError("TOKEN_NOT_CHOSEN", "a row was passed over")  # replaced for every row chosen in the matrix
+    for index, (result, asked) in enumerate(zip(results, params, strict=True)):
+        if index not in chosen:
+            try:
+                chosen[index] = choose(result, asked, choice_index=choice_indices[index], position=positions[index])
+            except InternalError as error:
+                chosen[index] = error
+    return [chosen[index] for index in range(len(results))]
 
 
 def _check_finite(result: pb.RowResult) -> None:

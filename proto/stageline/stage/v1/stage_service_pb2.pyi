@@ -895,13 +895,17 @@ class RowResult(_message.Message):
     non_finite: _builtins.bool
     """The row's logits held NaN or no finite value: its request fails, the others go on."""
     raw_logsumexp: _builtins.float
-    """Log of the sum of exponentials of the raw logits: raw logit minus this is the model's log-probability."""
+    """Log of the sum of exponentials of the raw logits: raw logit minus this is the model's log-probability. Set where
+    log-probabilities are asked.
+    """
     processed_logsumexp: _builtins.float
-    """The same over processed logits (after temperature); with temperature 0 before any division."""
+    """The same over the processed logits that top-k keeps; what top-p is measured over. Not set with temperature 0."""
     candidate_ids: _builtins.bytes
     """int32, little endian, [K]: the highest processed logits, by (logit descending, id ascending)."""
     candidate_logits: _builtins.bytes
-    """float32, little endian, [K]: processed logits."""
+    """float32, little endian, [K]: processed logits, relative to the highest: (logit - highest) / temperature. K is as
+    far as the cut reaches, and at most 4,096.
+    """
     candidate_raw_logits: _builtins.bytes
     """float32, little endian, [K]: raw logits of the same tokens."""
     top_ids: _builtins.bytes
