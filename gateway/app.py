@@ -36,7 +36,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     """Serve's application builder, for `serve run` and `serve deploy`.
 
     `args` is a configuration: sections with fields, `section.field` keys, and the short names of the command line's
-    flags (`model`, `stages`, `layers`, `dtype`, `grpc_port`). Raises ConfigError for an unknown key, a wrong value, a
+    flags (`model`, `stages`, `layers`, `dtype`, `quantization`, `grpc_port`). Raises ConfigError for an unknown key, a wrong value, a
     field given twice, and for the HTTP door's address, which is Serve's own (`http_options`).
     """
     nested: dict[str, dict[str, Any]] = {}
@@ -103,6 +103,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "start_layer": start_layer,
         "end_layer": end_layer,
         "dtype": config.model.dtype,
+        "quantization": config.model.quantization,
         "device": config.stages.device,
         "batch_invariant": config.model.batch_invariant,
         "debug_kv": config.kv_cache.debug,

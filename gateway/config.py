@@ -21,6 +21,7 @@ ENV_PREFIX = "STAGELINE_"
 SHORT_NAMES = {
     "model": "model.path",
     "dtype": "model.dtype",
+    "quantization": "model.quantization",
     "stages": "stages.count",
     "layers": "stages.layers",
     "grpc_port": "server.grpc_port",
@@ -39,6 +40,9 @@ class ModelSection(_Section):
     name: str = Field("", description="name clients use; default: the last part of the path")
     revision: str | None = Field(None, description="hub revision")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="element type of weights and hidden states")
+    quantization: Literal["int8", "int4"] | None = Field(
+        None, description="quantize weights while loading (CPU); int4 keeps lm_head in int8"
+    )
     batch_invariant: bool = Field(False, description="a sequence's bits do not depend on its neighbours (slower)")
     max_context_tokens: int | None = Field(None, ge=2, description="longest prompt plus answer; default: the model's")
 

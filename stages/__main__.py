@@ -10,7 +10,7 @@ import sys
 
 from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
 from stages.partition import parse_layer_ranges
-from stages.spec import DEVICES, DTYPE_NAMES, StageSpec
+from stages.spec import DEVICES, DTYPE_NAMES, QUANTIZATIONS, StageSpec
 
 
 def _choices(names: tuple[str, ...]) -> str:
@@ -24,6 +24,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, required=True, help="port to listen on; 0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--dtype", default="bfloat16", metavar=_choices(DTYPE_NAMES))
+    parser.add_argument(
+        "--quantization", metavar=_choices(QUANTIZATIONS), help="quantize weights while loading (CPU only)"
+    )
     parser.add_argument("--device", default="cpu", metavar=_choices(DEVICES))
     parser.add_argument("--revision", help="hub revision")
     parser.add_argument("--batch-invariant", action="store_true", help="bits do not depend on neighbours (slower)")

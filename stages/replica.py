@@ -89,6 +89,7 @@ class StageReplica:
             batch_invariant=spec.batch_invariant,
             block_size_tokens=spec.block_size_tokens,
             debug_kv=spec.debug_kv,
+            quantization=spec.quantization,
         )
         hide = True if self._progress is not None else None  # None: a bar only on a terminal
         with tqdm(desc=f"layers {layers}", unit="B", unit_scale=True, file=sys.stderr, disable=hide) as bar:

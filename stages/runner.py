@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stageline.errors import ConfigError
 from stages.attention import AttentionContext, make_attention
 from stages.attention.portable import PortableAttention
 from stages.attention.self_check import self_check
@@ -29,9 +30,17 @@ class StageRunner:
         block_size_tokens: int = 16,
         packed_weights: bool = True,
         debug_kv: bool = False,
+        quantization: str | None = None,
     ) -> None:
         """`packed_weights=False` keeps weights in the checkpoint's layout: the slow twin of the CPU's packed products.
-        `debug_kv` tags every KV slot and checks the tags of all that a row reads (slow)."""
+        `debug_kv` tags every KV slot and checks the tags of all that a row reads (slow).
+        `quantization` is None, int8 or int4 (weights only). Raises ConfigError where the device has no kernel for it."""
+        if quantization is not None and device.type != "cpu":
+            raise ConfigError(
+                "QUANTIZATION_DEVICE",
+                f"model.quantization {quantization} runs on the CPU alone, and this stage is on {device}",
+                field="model.quantization",
+            )
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
         self.block_size_tokens = block_size_tokens
         attention = make_attention(
@@ -60,6 +69,7 @@ class StageRunner:
             attention=attention,
             batch_invariant=batch_invariant,
             packed_weights=packed_weights,
+            quantization=quantization,
         )
         self._kv: KVCache | None = None
         self._debug_kv = debug_kv

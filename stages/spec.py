@@ -9,6 +9,7 @@ from stageline.errors import ConfigError
 from stages.config_values import MAX_LAYERS
 
 DTYPE_NAMES = ("float32", "bfloat16")
+QUANTIZATIONS = ("int8", "int4")
 DEVICES = ("cpu", "cuda")
 _MAX_INT32 = (1 << 31) - 1  # slots and block ids travel as int32
 _INTEGERS = (
@@ -40,6 +41,7 @@ class StageSpec:
     device: str = "cpu"
     batch_invariant: bool = False
     debug_kv: bool = False
+    quantization: str | None = None
     block_size_tokens: int = 16
     kv_memory_bytes: int | None = None
     num_blocks: int | None = None
@@ -57,6 +59,8 @@ class StageSpec:
         self._check("revision", self.revision is None or isinstance(self.revision, str), "text")
         self._check("dtype", self.dtype in DTYPE_NAMES, f"one of {', '.join(DTYPE_NAMES)}")
         self._check("device", self.device in DEVICES, f"one of {', '.join(DEVICES)}")
+        fits = self.quantization is None or self.quantization in QUANTIZATIONS
+        self._check("quantization", fits, f"one of {', '.join(QUANTIZATIONS)}, or not set")
         for name in ("batch_invariant", "debug_kv"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         seconds = self.stall_timeout_s

@@ -20,6 +20,7 @@ from stages.layers.products import (
     Product,
     can_pack,
 )
+from stages.layers.quantized import Int4Product, Int8Product, dequantized_product, int4_group_size
 from stages.layers.row_independence import rows_are_independent
 
 Form = TypeVar("Form", Product, GateProduct)
@@ -31,15 +32,18 @@ class ProductChooser:
     In batch-invariant mode a form is taken only if rows are independent in it, tried once per shape on this machine.
     """
 
-    def __init__(self, *, packed: bool, batch_invariant: bool) -> None:
-        """`packed=False` keeps every weight in the checkpoint's layout."""
+    def __init__(self, *, packed: bool, batch_invariant: bool, quantization: str | None = None) -> None:
+        """`packed=False` keeps every weight in the checkpoint's layout; `quantization` is None, int8 or int4."""
+        self._quantization = quantization
         self._packed, self._batch_invariant = packed, batch_invariant
-        self._checked: dict[tuple[type, torch.Size, torch.dtype], bool] = {}
+        self._checked: dict[tuple[str, bool, torch.Size, torch.dtype], bool] = {}
         self._refused: list[str] = []
         self._taken: Counter[str] = Counter()
 
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Product:
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None, *, is_head: bool = False) -> Product:
         """The product with one weight. Raises ConfigError where no form is row-independent and it has to be."""
+        if self._quantization is not None:
+            return self._choose(self._quantized(weight_OI, bias_O, is_head), weight_OI)
         forms: list[Callable[[], Product]] = [lambda: PlainProduct(weight_OI, bias_O)]
         if self._packed and can_pack(weight_OI):
             forms.insert(0, lambda: PackedProduct(weight_OI, bias_O))
@@ -47,6 +51,9 @@ class ProductChooser:
 
     def gate(self, stacked_GI: Tensor) -> GateProduct:
         """The gated product with a stacked weight [2F, I]. Raises as `linear` does."""
+        if self._quantization is not None:
+            quantized = self._quantized(stacked_GI, None, False)
+            return self._choose([lambda form=form: PlainGate(form()) for form in quantized], stacked_GI)  # type: ignore[misc]
         forms: list[Callable[[], GateProduct]] = [lambda: PlainGate(PlainProduct(stacked_GI, None))]
         if self._packed and can_pack(stacked_GI):
             forms.insert(0, lambda: PackedGate(stacked_GI))
@@ -56,6 +63,15 @@ class ProductChooser:
         """Which forms were taken, and which were refused."""
         taken = ", ".join(f"{count} {name}" for name, count in sorted(self._taken.items()))
         return "; ".join([f"products: {taken}", *self._refused])
+
+    def _quantized(self, weight_OI: Tensor, bias_O: Tensor | None, is_head: bool) -> list[Callable[[], Product]]:
+        """The quantized form and its slow twin. The head, and what the int4 kernel does not take, are int8 at the least."""
+        as_int4 = self._quantization == "int4" and not is_head and int4_group_size(weight_OI) is not None
+        kind = Int4Product if as_int4 else Int8Product
+        return [
+            lambda: kind(weight_OI, bias_O),
+            lambda: dequantized_product(kind(weight_OI, bias_O), bias_O, weight_OI.dtype),
+        ]
 
     def _choose(self, forms: list[Callable[[], Form]], weight_OI: Tensor) -> Form:
         for form in forms:
@@ -71,7 +87,7 @@ class ProductChooser:
         )
 
     def _independent(self, product: Product | GateProduct, weight_OI: Tensor) -> bool:
-        key = (type(product), weight_OI.shape, weight_OI.dtype)
+        key = (product.name, isinstance(product, PlainGate), weight_OI.shape, weight_OI.dtype)
         if key not in self._checked:
             held = rows_are_independent(product, weight_OI.shape[1], weight_OI.dtype)
             self._checked[key] = held
@@ -101,11 +117,12 @@ class Linear(nn.Module):
         device: torch.device,
         chooser: ProductChooser,
         gated: bool = False,
+        is_head: bool = False,
         shared_weight: nn.Parameter | None = None,
     ) -> None:
         """`gated`: the weight is a gate and an up projection, see GateProduct. `shared_weight` is used instead of a new one."""
         super().__init__()
-        self._chooser, self._gated = chooser, gated
+        self._chooser, self._gated, self._is_head = chooser, gated, is_head
         self._rows_to_load = outputs
         self._lock = threading.Lock()
         self.weight = (
@@ -132,5 +149,9 @@ class Linear(nn.Module):
                 return
         assert self.weight is not None
         weight_OI = self.weight.data
-        self._product = self._chooser.gate(weight_OI) if self._gated else self._chooser.linear(weight_OI, self.bias)
+        self._product = (
+            self._chooser.gate(weight_OI)
+            if self._gated
+            else self._chooser.linear(weight_OI, self.bias, is_head=self._is_head)
+        )
         self.weight = None  # a plain product keeps its own reference

@@ -66,11 +66,14 @@ class Qwen2Stage(nn.Module):
         attention: AttentionBackend,
         batch_invariant: bool = False,
         packed_weights: bool = True,
+        quantization: str | None = None,
     ) -> None:
         """`packed_weights=False` multiplies with the checkpoint's layout: the slow twin."""
         super().__init__()
         make: Any = {"dtype": dtype, "device": device}
-        self.products = ProductChooser(packed=packed_weights, batch_invariant=batch_invariant)
+        self.products = ProductChooser(
+            packed=packed_weights, batch_invariant=batch_invariant, quantization=quantization
+        )
         self.config, self.layer_range, self.attention = config, layers, attention
         self.batch_invariant = batch_invariant
         self.is_first, self.is_last = layers.is_first(), layers.is_last(config)
@@ -82,7 +85,7 @@ class Qwen2Stage(nn.Module):
         if self.is_last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **make)
             self.lm_head = Linear(
-                config.hidden_size, config.vocab_size, bias=False, chooser=self.products, **make,
+                config.hidden_size, config.vocab_size, bias=False, chooser=self.products, is_head=True, **make,
                 shared_weight=self.embedding if config.tie_word_embeddings else None,
             )  # fmt: skip
         self._expected = tensor_shapes(config, layers)
