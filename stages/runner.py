@@ -42,7 +42,7 @@ class StageRunner:
                 field="model.quantization",
             )
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
-        self.block_size_tokens = block_size_tokens
+        self.block_size_tokens, self.quantization = block_size_tokens, quantization
         attention = make_attention(
             device=device, dtype=dtype, block_size_tokens=block_size_tokens, batch_invariant=batch_invariant
         )

@@ -122,7 +122,7 @@ class Pipeline:
 
     def _check(self, described: Sequence[pb.DescribeResponse]) -> None:
         first = described[0]
-        expected = (first.dtype, first.block_size_tokens, first.batch_invariant)
+        expected = (first.dtype, first.block_size_tokens, first.batch_invariant, first.quantization)
         for record, answer in zip(self.stages, described, strict=True):
             if (answer.incarnation, answer.fingerprint) != (record.incarnation, record.fingerprint):
                 raise UnavailableError(
@@ -134,10 +134,10 @@ class Pipeline:
                     "STAGE_STALLED", f"the stage at {record.address} has been in one kernel for {answer.busy_s:.0f} s",
                     address=record.address,
                 )  # fmt: skip
-            if (answer.dtype, answer.block_size_tokens, answer.batch_invariant) != expected:
+            if (answer.dtype, answer.block_size_tokens, answer.batch_invariant, answer.quantization) != expected:
                 raise UnavailableError(
                     "STAGES_DIFFER", f"the stage at {record.address} does not fit the one at {self.stages[0].address}: "
-                    "dtype, block size and batch-invariance must be equal; start them from one configuration",
+                    "dtype, block size, batch-invariance and quantization must be equal; start them from one configuration",
                     address=record.address,
                 )  # fmt: skip
 

@@ -128,6 +128,7 @@ class StageServer(pb_grpc.StageServiceServicer):
             attention_backend=runner.attention_report,
             batch_invariant=runner.model.batch_invariant,
             busy_s=self.busy_s(),
+            quantization=runner.quantization or "",
         )
 
     async def Claim(self, request: pb.ClaimRequest, context: Any) -> pb.ClaimResponse:

@@ -66,6 +66,7 @@ class ToyRunner:
     device = torch.device("cpu")
     block_size_tokens = BLOCK_TOKENS
     attention_report = "toy"
+    quantization = None
 
     def __init__(
         self,

@@ -135,6 +135,7 @@ class DescribeResponse(_message.Message):
     ATTENTION_BACKEND_FIELD_NUMBER: _builtins.int
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     BUSY_S_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     """Identifies this process of the replica: a restart has another incarnation."""
     fingerprint: _builtins.str
@@ -171,6 +172,8 @@ class DescribeResponse(_message.Message):
     """Whether products and attention are computed in fixed chunks, so that a row's bits do not depend on its neighbours."""
     busy_s: _builtins.float
     """Seconds the running kernel has been running, also where its epoch is over; 0 while idle. A claim waits for it."""
+    quantization: _builtins.str
+    """"int8" or "int4" where the weights were quantized while they loaded; empty where not."""
     def __init__(
         self,
         *,
@@ -192,10 +195,11 @@ class DescribeResponse(_message.Message):
         attention_backend: _builtins.str = ...,
         batch_invariant: _builtins.bool = ...,
         busy_s: _builtins.float = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "busy_s", b"busy_s", "dtype", b"dtype", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "incarnation", b"incarnation", "kv_capacity_blocks", b"kv_capacity_blocks", "num_layers", b"num_layers", "owner_id", b"owner_id", "pid", b"pid", "queue_depth_steps", b"queue_depth_steps", "start_layer", b"start_layer", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "busy_s", b"busy_s", "dtype", b"dtype", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "incarnation", b"incarnation", "kv_capacity_blocks", b"kv_capacity_blocks", "num_layers", b"num_layers", "owner_id", b"owner_id", "pid", b"pid", "quantization", b"quantization", "queue_depth_steps", b"queue_depth_steps", "start_layer", b"start_layer", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
