@@ -30,9 +30,10 @@ async def latency(load: Generator, shape: Shape, repeats: int) -> Figures:
     }
 
 
-async def throughput(load: Generator, shape: Shape, streams: int, repeats: int) -> Figures:
+async def throughput(load: Generator, shape: Shape, streams: int, repeats: int, *, warm: bool = True) -> Figures:
     """Many streams that begin together: tokens a second of all of them while all of them decode, and end to end."""
-    await load.closed_loop([shape] * streams, streams)  # warm
+    if warm:
+        await load.closed_loop([shape] * streams, streams)
     decode, total = [], []
     for _ in range(repeats):
         outcomes = checked(await load.closed_loop([shape] * streams, streams))

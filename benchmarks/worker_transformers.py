@@ -1,0 +1,37 @@
+"""transformers for benchmarks/compare.py: MODEL PROMPT_TOKENS NEW_TOKENS; a number of streams a line in, tokens a second out."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    folder, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    rng = random.Random(0)
+    print("@@ ready", flush=True)
+    for line in sys.stdin:
+        streams = int(line)
+        ids = torch.tensor([[rng.randrange(100, 40_000) for _ in range(prompt_tokens)] for _ in range(streams)])
+
+        def seconds(count: int, ids: torch.Tensor = ids) -> float:
+            began = time.perf_counter()
+            with torch.inference_mode():
+                model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
+                    do_sample=False, eos_token_id=None, pad_token_id=0, repetition_penalty=1.0,
+                )  # fmt: skip
+            return time.perf_counter() - began
+
+        decode_s = seconds(new_tokens) - seconds(1)
+        print(f"@@ {streams * (new_tokens - 1) / decode_s}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
