@@ -121,7 +121,11 @@ def test_serve_deploy_and_serve_run(tmp_path: Path) -> None:
                 *pairs, "kv_cache.num_blocks=64",
             )  # fmt: skip
             with (tmp_path / "run.log").open("w") as log:
-                running = subprocess.Popen(command, stdout=log, stderr=log, env=ENV)
+                # Shells start background jobs with SIGINT ignored, and children inherit that; `serve run` ends by it.
+                running = subprocess.Popen(
+                    command, stdout=log, stderr=log, env=ENV,
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                )  # fmt: skip
             until(lambda: answers(f"{base}/run/readyz"), "the application of serve run")
             check_both_doors(f"{base}/run", grpc_ports[1])
             running.send_signal(signal.SIGINT)
