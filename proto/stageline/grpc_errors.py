@@ -51,17 +51,25 @@ def to_status(error: StagelineError, request_id: str = "") -> status_pb2.Status:
 
 
 def from_rpc_error(error: Any) -> StagelineError:
-    """The typed error behind a failed call; a status without our ErrorInfo gets the reason of its code."""
+    """The typed error behind a failed call; a status without our ErrorInfo gets the reason of its code.
+
+    RetryInfo becomes `retry_after_s` of the metadata, RequestInfo `request_id`, where ErrorInfo does not say them.
+    """
     code = error.code()
     kind = _BY_CODE.get(code.name, errors.InternalError)
+    reason, message = code.name, f"gRPC {code.name}: {error.details()}"
+    metadata: dict[str, str] = {}
     status = rpc_status.from_call(error)
-    typed = kind(code.name, f"gRPC {code.name}: {error.details()}")
-    typed.metadata = {}
     for detail in status.details if status is not None else ():
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        request = error_details_pb2.RequestInfo()
         if detail.Unpack(info) and info.domain == errors.DOMAIN:
-            known, typed = typed.metadata, kind(info.reason, error.details() or "")
-            typed.metadata = {**known, **info.metadata}
+            reason, message = info.reason, error.details() or ""
+            metadata.update(info.metadata)
         elif detail.Unpack(retry):  # a proxy may send one without our ErrorInfo
-            typed.metadata.setdefault("retry_after_s", str(retry.retry_delay.ToTimedelta().total_seconds()))
+            metadata.setdefault("retry_after_s", str(retry.retry_delay.ToTimedelta().total_seconds()))
+        elif detail.Unpack(request):
+            metadata.setdefault("request_id", request.request_id)
+    typed = kind(reason, message)
+    typed.metadata = metadata
     return typed

@@ -6,7 +6,7 @@ says how, for clients in other languages. They need grpcio and protobuf, nothing
 
 from stageline.client.aio import AsyncClient
 from stageline.client.backoff import Backoff
-from stageline.client.connection import Tls
+from stageline.client.connection import ChannelOptions, Tls
 from stageline.client.sync import Client
 
-__all__ = ["AsyncClient", "Backoff", "Client", "Tls"]
+__all__ = ["AsyncClient", "Backoff", "ChannelOptions", "Client", "Tls"]

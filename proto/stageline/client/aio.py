@@ -6,18 +6,18 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from stageline.client.attempts import Attempts
+from stageline.client.attempts import Attempts, cancelled_by_peer, closed, ended_early, failure
 from stageline.client.backoff import Backoff
 from stageline.client.collect import Collector
-from stageline.client.connection import OPTIONS, Endpoints, Tls
-from stageline.client.progress import Progress
-from stageline.grpc_errors import from_rpc_error
+from stageline.client.connection import ChannelOptions, Endpoints, Tls, name_of_request
+from stageline.client.progress import Progress, is_ranked
+from stageline.errors import StagelineError
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -34,11 +34,13 @@ class AsyncClient:
         api_key: str | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         backoff: Backoff | None = None,
+        channel: ChannelOptions | None = None,
     ) -> None:
         """`addresses` are HOST:PORT, all of one model. Without `tls` the connection is plain text."""
-        self._endpoints = Endpoints.make(addresses, tls, api_key, metadata)
+        self._endpoints = Endpoints(addresses, tls=tls, api_key=api_key, metadata=metadata, channel=channel)
         self._backoff = backoff or Backoff()
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closed = asyncio.Event()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -47,7 +49,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close every connection; running calls end with an error."""
+        """Close every connection; running calls end with FailedPreconditionError (CLIENT_CLOSED)."""
+        self._closed.set()
         channels, self._channels = self._channels, {}
         await asyncio.gather(*(channel.close(None) for channel in channels.values()))
 
@@ -56,87 +59,157 @@ class AsyncClient:
     ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
         """See Client.stream_generate. Use `contextlib.aclosing` to cancel the request where you stop to listen."""
         progress = Progress(generation)
-        attempts = Attempts(self._backoff, _deadline(timeout_s))
-        usage: gen.Usage | None = None
+        attempts = self._attempts(timeout_s, generation.request_id)
         while not progress.finished:
+            address = self._endpoints.address()
             try:
-                for request in progress.requests():
-                    async with aclosing(self._open(request, attempts)) as messages:
-                        async for message in messages:
-                            attempts.progressed()
-                            if message.HasField("start") and not progress.begin(message.start):
-                                continue  # of a resumed stream: the caller has one already
-                            usage = message.usage if message.HasField("usage") else usage
-                            for delta in message.choices:
-                                progress.take(delta)
-                            if not message.HasField("usage"):
-                                yield message
-            except grpc.aio.AioRpcError as error:
-                if not progress.finished:
-                    await self._wait(error, attempts)
-        yield pb.StreamGenerateResponse(usage=progress.usage(usage))
+                async with aclosing(self._open(progress.requests(), address, attempts)) as messages:
+                    async for message in messages:
+                        if (fresh := progress.receive(message)) is not None:
+                            attempts.received(fresh)
+                            yield fresh
+                error = ended_early(progress)
+            except grpc.aio.AioRpcError as broken:
+                error = failure(broken)
+            except asyncio.CancelledError:
+                if _is_ours():
+                    raise
+                error = cancelled_by_peer("reset")
+            if not progress.finished:  # else only `usage` is lost
+                await self._pause(error, address, attempts)
+        yield progress.last()
 
     async def generate(self, generation: gen.Generation, *, timeout_s: float | None = None) -> pb.GenerateResponse:
         """See Client.generate."""
+        if is_ranked(generation):
+            whole = pb.GenerateRequest(generation=generation)
+            ranked: pb.GenerateResponse = await self._unary(
+                lambda stub: stub.Generate, whole, timeout_s, generation.request_id
+            )
+            return ranked
         collector = Collector()
-        async for message in self.stream_generate(generation, timeout_s=timeout_s):
-            collector.take(message)
+        async with aclosing(self.stream_generate(generation, timeout_s=timeout_s)) as messages:
+            async for message in messages:
+                collector.take(message)
         return collector.answer()
 
-    async def tokenize(self, request: pb.TokenizeRequest, *, timeout_s: float | None = None) -> pb.TokenizeResponse:
+    async def tokenize(
+        self, request: pb.TokenizeRequest, *, timeout_s: float | None = None, request_id: str = ""
+    ) -> pb.TokenizeResponse:
         """Token ids of text or of a conversation."""
-        answer: pb.TokenizeResponse = await self._unary(lambda stub: stub.Tokenize, request, timeout_s)
+        answer: pb.TokenizeResponse = await self._unary(lambda stub: stub.Tokenize, request, timeout_s, request_id)
         return answer
 
     async def detokenize(
-        self, request: pb.DetokenizeRequest, *, timeout_s: float | None = None
+        self, request: pb.DetokenizeRequest, *, timeout_s: float | None = None, request_id: str = ""
     ) -> pb.DetokenizeResponse:
         """Text of token ids."""
-        answer: pb.DetokenizeResponse = await self._unary(lambda stub: stub.Detokenize, request, timeout_s)
+        answer: pb.DetokenizeResponse = await self._unary(lambda stub: stub.Detokenize, request, timeout_s, request_id)
         return answer
 
-    async def get_model(self, *, timeout_s: float | None = None) -> pb.GetModelResponse:
+    async def get_model(self, *, timeout_s: float | None = None, request_id: str = "") -> pb.GetModelResponse:
         """The model and what serves it."""
-        answer: pb.GetModelResponse = await self._unary(lambda stub: stub.GetModel, pb.GetModelRequest(), timeout_s)
+        asked = pb.GetModelRequest()
+        answer: pb.GetModelResponse = await self._unary(lambda stub: stub.GetModel, asked, timeout_s, request_id)
         return answer
+
+    def _attempts(self, timeout_s: float | None, request_id: str) -> Attempts:
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        return Attempts(self._backoff, deadline_s, name_of_request(request_id))
 
     async def _open(
-        self, generation: gen.Generation, attempts: Attempts
+        self, generations: Sequence[gen.Generation], address: str, attempts: Attempts
     ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
-        call: Any = self._stub(attempts.number).StreamGenerate(
-            pb.StreamGenerateRequest(generation=generation),
-            timeout=attempts.left_s(time.monotonic()),
-            metadata=self._endpoints.metadata,
-        )
-        messages: AsyncIterator[pb.StreamGenerateResponse] = call
+        """The messages of several streams as they come; all are cancelled when it is closed or one fails."""
+        calls: list[Any] = []
         try:
-            async for message in messages:
-                yield message
+            for generation in generations:
+                request = pb.StreamGenerateRequest(generation=generation)
+                calls.append(self._start(lambda stub: stub.StreamGenerate, request, address, attempts))
+            if len(calls) == 1:
+                async for message in calls[0]:
+                    yield message
+                return
+            async with aclosing(_merged(calls)) as messages:
+                async for message in messages:
+                    yield message
         finally:
-            call.cancel()  # where the caller has stopped to listen; nothing after the end
+            for call in calls:
+                call.cancel()  # nothing after the end
 
-    async def _unary(self, method: Callable[[Any], Any], request: Any, timeout_s: float | None) -> Any:
-        attempts = Attempts(self._backoff, _deadline(timeout_s))
+    async def _unary(self, method: Callable[[Any], Any], request: Any, timeout_s: float | None, request_id: str) -> Any:
+        attempts = self._attempts(timeout_s, request_id)
         while True:
+            address = self._endpoints.address()
             try:
-                call = method(self._stub(attempts.number))
-                return await call(request, timeout=attempts.left_s(time.monotonic()), metadata=self._endpoints.metadata)
-            except grpc.aio.AioRpcError as error:
-                await self._wait(error, attempts)
+                return await self._start(method, request, address, attempts)
+            except grpc.aio.AioRpcError as broken:
+                error = failure(broken)
+            except asyncio.CancelledError:
+                if _is_ours():
+                    raise
+                error = cancelled_by_peer("reset")
+            await self._pause(error, address, attempts)
 
-    async def _wait(self, error: grpc.aio.AioRpcError, attempts: Attempts) -> None:
-        await asyncio.sleep(attempts.wait_s(from_rpc_error(error), time.monotonic(), random.random()))
+    def _start(self, method: Callable[[Any], Any], request: Any, address: str, attempts: Attempts) -> Any:
+        metadata = self._endpoints.metadata(attempts.request_id)
+        call = method(InferenceServiceStub(self._channel(address)))
+        return call(request, timeout=attempts.left_s(time.monotonic()), metadata=metadata)
 
-    def _stub(self, attempt: int) -> Any:
-        address, tls = self._endpoints.address(attempt), self._endpoints.tls
+    async def _pause(self, error: StagelineError, address: str, attempts: Attempts) -> None:
+        """Wait before the next attempt, or raise."""
+        if not self._closed.is_set():
+            wait_s = attempts.wait_s(error, time.monotonic(), random.random())
+            self._endpoints.failed(address, error, wait_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._closed.wait()
+        if self._closed.is_set():
+            raise closed()
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        tls, options = self._endpoints.tls, self._endpoints.options
+        if self._closed.is_set():
+            raise closed()
         if address not in self._channels:
             self._channels[address] = (
-                grpc.aio.insecure_channel(address, options=OPTIONS)
+                grpc.aio.insecure_channel(address, options=options)
                 if tls is None
-                else grpc.aio.secure_channel(address, tls.credentials(), options=OPTIONS)
+                else grpc.aio.secure_channel(address, tls.credentials(), options=options)
             )
-        return InferenceServiceStub(self._channels[address])
+        return self._channels[address]
 
 
-def _deadline(timeout_s: float | None) -> float | None:
-    return None if timeout_s is None else time.monotonic() + timeout_s
+def _is_ours() -> bool:
+    """Whether this task is being cancelled. gRPC raises CancelledError for a status CANCELLED and a closed channel too."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+async def _merged(calls: Sequence[AsyncIterator[pb.StreamGenerateResponse]]) -> AsyncGenerator[Any, None]:
+    """As in `sync`."""
+    arrived: asyncio.Queue[pb.StreamGenerateResponse | BaseException | None] = asyncio.Queue()
+
+    async def pump(call: AsyncIterator[pb.StreamGenerateResponse]) -> None:
+        try:
+            async for message in call:
+                arrived.put_nowait(message)
+            arrived.put_nowait(None)
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            arrived.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(call)) for call in calls]
+    num_open = len(calls)
+    try:
+        while num_open:
+            item = await arrived.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stageline.errors import InternalError
 from stageline.inference.v1 import generation_pb2 as pb
+from stageline.inference.v1 import inference_service_pb2 as service
 
 
 class Progress:
@@ -22,17 +23,40 @@ class Progress:
         tokens = [] if resumed is None else list(resumed.token_ids)
         self._token_ids: dict[int, list[int]] = {first + i: list(tokens) for i in range(num_choices)}
         self._unfinished = set(self._token_ids)
+        self._usage = pb.Usage()
         self.start: pb.GenerationStart | None = None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Choices without a finish reason."""
+        return len(self._unfinished)
 
     @property
     def finished(self) -> bool:
         """Whether every choice has its finish reason."""
         return not self._unfinished
 
+    def receive(self, message: service.StreamGenerateResponse) -> service.StreamGenerateResponse | None:
+        """Count a message in; what the caller is to see of it, None for nothing: not the `start` of a resumed stream, and
+        not the `usage` of any, for which `last` stands. Raises as `begin` and `take` do."""
+        if message.HasField("usage"):
+            self._usage.CopyFrom(message.usage)
+            message.ClearField("usage")
+        if message.HasField("start") and not self.begin(message.start):
+            message.ClearField("start")
+        for delta in message.choices:
+            self.take(delta)
+        return message if message.choices or message.HasField("start") else None
+
+    def last(self) -> service.StreamGenerateResponse:
+        """The message that ends an undisturbed stream."""
+        return service.StreamGenerateResponse(usage=self.usage())
+
     def begin(self, start: pb.GenerationStart) -> bool:
         """Take a `start`; true for the first. Raises InternalError where a resumed one is of another prompt or seed."""
         if self.start is None:
-            self.start = start
+            self.start = pb.GenerationStart()
+            self.start.CopyFrom(start)  # the message goes to the caller
             return True
         for name in ("model_fingerprint", "seed", "prompt_tokens"):
             before, now = getattr(self.start, name), getattr(start, name)
@@ -74,15 +98,22 @@ class Progress:
             requests.append(request)
         return requests
 
-    def usage(self, received: pb.Usage | None = None) -> pb.Usage:
-        """As if undisturbed. Zeros before `start`; `received` is the server's own count, which knows of its cache but not of
-        what came before a break."""
-        usage = pb.Usage() if received is None else received
-        prompt_tokens = 0 if self.start is None else self.start.prompt_tokens
-        usage.prompt_tokens, usage.completion_tokens = prompt_tokens, sum(map(len, self._token_ids.values()))
-        return usage
+    def usage(self) -> pb.Usage:
+        """As if undisturbed, whether or not a `usage` arrived. `cached_prompt_tokens` is what the last one said, 0 without:
+        it tells of one gateway's cache, which no other gateway knows. Zeros before `start`."""
+        return pb.Usage(
+            prompt_tokens=0 if self.start is None else self.start.prompt_tokens,
+            completion_tokens=sum(map(len, self._token_ids.values())),
+            cached_prompt_tokens=self._usage.cached_prompt_tokens,
+        )
 
     def _copy(self) -> pb.Generation:
         copy = pb.Generation()
         copy.CopyFrom(self._generation)
         return copy
+
+
+def is_ranked(generation: pb.Generation) -> bool:
+    """Whether the best of more choices than come back are asked for: they are known at the end only, no stream has them."""
+    num_choices = generation.num_choices if generation.HasField("num_choices") else 1
+    return generation.HasField("best_of") and generation.best_of > num_choices
