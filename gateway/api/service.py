@@ -17,7 +17,7 @@ from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt
 from gateway.api.tool_choice import with_tool_choice
 from gateway.api.validate import check_served, end_token_ids, validate
 from gateway.grammar import GrammarCompiler
-from gateway.tokenizer import ChatTemplate, Detokenizer, Tokenizer
+from gateway.tokenizer import ChatTemplate, Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
 from stageline.errors import FailedPreconditionError
 
@@ -148,8 +148,12 @@ class Frontend:
             return await collect(deltas, accepted.num_returned, show_logprobs=accepted.show_logprobs)
 
     def _text_so_far(self, request: GenerateRequest) -> str:
-        detokenizer = Detokenizer(self.tokenizer, request.sampling.skip_special_tokens)
-        return "".join(map(detokenizer.append, request.resume_token_ids))
+        """What the client has of a resumed choice: what its tokens released, without what a stop string held back."""
+        params = request.sampling
+        detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens)
+        matcher = StopMatcher(params.stop_strings, params.include_stop_string)
+        # A stop string that is complete in it came before min_tokens, or the choice has ended and says no more.
+        return "".join(matcher.append(detokenizer.append(i), may_stop=False)[0] for i in request.resume_token_ids)
 
     def _render(self, prompt: ChatPrompt) -> str:
         if self.chat_template is None:
