@@ -5,29 +5,40 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from engine_helpers import byte_tokenizer
 
-from stageline.client import AsyncClient, Backoff, Client
-from stageline.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
+from stageline.client import AsyncClient, Backoff, ChannelOptions, Client
+from stageline.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    StagelineError,
+    UnavailableError,
+)
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 
 HERE = Path(__file__).parent
 QUICK = Backoff(initial_s=0.05, max_s=0.3)
+NUM_KILLS = 20
 
 
 class Gateway:
-    """A gateway process that is killed and started again on the same port."""
+    """A gateway process; `start` after `kill` brings another up on the same port."""
 
-    def __init__(self) -> None:
-        self.port = 0
+    def __init__(self, nursery: subprocess.Popen, fingerprint: str = "toy") -> None:
+        self.port = self.pid = 0
+        self._nursery, self._fingerprint = nursery, fingerprint
         self.start()
 
     @property
@@ -35,40 +46,82 @@ class Gateway:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        path = os.pathsep.join([str(HERE), *sys.path])
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "toy_gateway.py"), str(self.port)], stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
+        print(self.port, self._fingerprint, file=self._nursery.stdin, flush=True)
+        self.pid, self.port = map(int, self._nursery.stdout.readline().split())
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        """Returns once the process is gone, so that its port is free."""
+        os.kill(self.pid, signal.SIGKILL)
+        while Path(f"/proc/{self.pid}").exists():
+            time.sleep(0.001)
+        self.pid = 0
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[subprocess.Popen]:
+    path = os.pathsep.join([str(HERE), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "toy_gateway.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    with process:
+        yield process
+        process.stdin.close()
+
+
+@contextmanager
+def running(nursery: subprocess.Popen, fingerprint: str = "toy") -> Iterator[Gateway]:
+    gateway = Gateway(nursery, fingerprint)
+    try:
+        yield gateway
+    finally:
+        if gateway.pid:
+            gateway.kill()
 
 
 @pytest.fixture
-def gateway() -> Iterator[Gateway]:
-    running = Gateway()
-    yield running
-    running.kill()
+def gateway(nursery) -> Iterator[Gateway]:
+    with running(nursery) as gateway:
+        yield gateway
 
 
-def generations() -> list[gen.Generation]:
-    """Greedy and seeded, two choices, stop strings that are held back, characters of several bytes, log-probabilities."""
-    stop = gen.StopConditions(max_tokens=150, ignore_eos=True)
+def asked(prompt: list[int], **fields) -> gen.Generation:
+    """150 tokens, greedy, of characters with two bytes and their halves."""
+    tokenizer = byte_tokenizer()
+    ids = {tokenizer.token_bytes(i): i for i in range(256)}
+    bias = {ids[bytes([byte])]: 100.0 for byte in "éö a".encode()}
+    generation = gen.Generation(
+        token_ids=gen.TokenIds(ids=prompt),
+        sampling=gen.SamplingParams(temperature=0, seed=3, logit_bias=bias),
+        stop=gen.StopConditions(max_tokens=150, ignore_eos=True),
+    )
+    generation.MergeFrom(gen.Generation(**fields))
+    return generation
+
+
+def seeded(seed: int) -> gen.SamplingParams:
+    return gen.SamplingParams(temperature=1.0, seed=seed)
+
+
+def late_stop(text: str) -> str:
+    """A piece of the text that stands first in its second half, with a character of several bytes."""
+    for place in range(len(text) * 2 // 3, len(text) - 6):
+        piece = text[place : place + 6]
+        if text.find(piece) == place and not piece.isascii() and "\ufffd" not in piece:
+            return piece
+    raise AssertionError(f"no such piece in {text!r}")
+
+
+def generations(calm: Client) -> list[gen.Generation]:
+    """Greedy and seeded, one and two choices, log-probabilities, stop strings that are held back and that match late."""
     logprobs = gen.OutputOptions(num_logprobs=2)
-    greedy, seeded = gen.SamplingParams(temperature=0, seed=3), gen.SamplingParams(temperature=1.0, seed=7)
-    with_stops = gen.StopConditions(max_tokens=150, ignore_eos=True, stop_strings=["never in here", "Ã©Ã©Ã©Ã©"])
-    return [
-        gen.Generation(token_ids=gen.TokenIds(ids=[1, 2, 3]), sampling=greedy, stop=stop),
-        gen.Generation(token_ids=gen.TokenIds(ids=[9] * 20), sampling=seeded, stop=stop, output=logprobs),
-        gen.Generation(token_ids=gen.TokenIds(ids=[5]), sampling=seeded, stop=with_stops, num_choices=2),
-        gen.Generation(token_ids=gen.TokenIds(ids=list(range(40))), sampling=greedy, stop=with_stops, output=logprobs),
-    ]
+    greedy = asked([1, 2, 3])
+    sampled = asked([9] * 20, sampling=seeded(7), output=logprobs)
+    two = asked([5], sampling=seeded(8), output=logprobs, num_choices=2)
+    stops = [late_stop(calm.generate(generation).choices[0].text) for generation in (sampled, two)]
+    for generation, stop in zip((sampled, two), stops, strict=True):
+        generation.stop.stop_strings.extend([stop, stop[:-1] + "never"])
+    return [greedy, sampled, two, asked(list(range(40)), output=logprobs)]
 
 
 def plain(answer: pb.GenerateResponse) -> pb.GenerateResponse:
@@ -81,37 +134,51 @@ def plain(answer: pb.GenerateResponse) -> pb.GenerateResponse:
 
 
 @pytest.mark.timeout(240)
-def test_twenty_kills_change_nothing(gateway: Gateway) -> None:
-    asked = generations()
+def test_twenty_kills_change_nothing(gateway, caplog):
     with Client(gateway.address) as calm:
-        expected = [plain(calm.generate(generation)) for generation in asked]
+        wanted = generations(calm)
+        expected = [plain(calm.generate(generation)) for generation in wanted]
     assert [len(answer.choices) for answer in expected] == [1, 1, 2, 1]
+    assert expected[0].usage.completion_tokens == 150
+    assert "é" in expected[0].choices[0].text
+    for answer, generation in zip(expected[1:3], wanted[1:3], strict=True):
+        assert answer.choices[0].matched_stop == generation.stop.stop_strings[0]
+        assert 75 < len(answer.choices[0].token_ids) < 150
+    caplog.clear()
     over = threading.Event()
     faults: list[str] = []
     rounds = [0, 0]
 
     def blocking() -> None:
-        with Client(gateway.address, backoff=QUICK) as client:
-            while not over.is_set():
-                for place, generation in enumerate(asked):
-                    if plain(client.generate(generation)) != expected[place]:
-                        faults.append(f"sync {place}")
-                rounds[0] += 1
+        try:
+            with Client(gateway.address, backoff=QUICK) as client:
+                while not over.is_set():
+                    for place, generation in enumerate(wanted):
+                        if plain(client.generate(generation, timeout_s=60)) != expected[place]:
+                            faults.append(f"sync {place}")
+                    rounds[0] += 1
+        except Exception as error:
+            faults.append(f"sync {error!r}")
 
     async def concurrent() -> None:
-        async with AsyncClient(gateway.address, backoff=QUICK) as client:
-            while not over.is_set():
-                answers = await asyncio.gather(*(client.generate(generation) for generation in asked))
-                faults.extend(f"async {i}" for i, answer in enumerate(answers) if plain(answer) != expected[i])
-                rounds[1] += 1
+        try:
+            async with AsyncClient(gateway.address, backoff=QUICK) as client:
+                while not over.is_set():
+                    calls = (client.generate(generation, timeout_s=60) for generation in wanted)
+                    for place, answer in enumerate(await asyncio.gather(*calls)):
+                        if plain(answer) != expected[place]:
+                            faults.append(f"async {place}")
+                    rounds[1] += 1
+        except Exception as error:
+            faults.append(f"async {error!r}")
 
     threads = [threading.Thread(target=blocking), threading.Thread(target=lambda: asyncio.run(concurrent()))]
     for thread in threads:
         thread.start()
     rng = random.Random(20)
     try:
-        for _ in range(20):
-            time.sleep(rng.uniform(0.05, 0.7))
+        for _ in range(NUM_KILLS):
+            time.sleep(rng.uniform(0.1, 0.9))
             gateway.kill()
             gateway.start()
     finally:
@@ -120,60 +187,120 @@ def test_twenty_kills_change_nothing(gateway: Gateway) -> None:
             thread.join(120)
     assert not faults
     assert min(rounds) >= 1
+    # Both clients always have a stream open: every kill broke one at least.
+    assert sum("trying again" in record.message for record in caplog.records) >= NUM_KILLS
 
 
-def test_another_address_takes_over(gateway: Gateway) -> None:
-    second = Gateway()
-    try:
-        [generation, *_] = generations()
+def test_another_address_takes_over(gateway, nursery):
+    with running(nursery) as second:
         with Client([gateway.address, second.address], backoff=QUICK) as client:
+            generation = generations(client)[0]
             expected = client.generate(generation)
             messages = client.stream_generate(generation)
             got = [next(messages) for _ in range(20)]
             gateway.kill()
             got += messages
-        assert [t for m in got for c in m.choices for t in c.token_ids] == list(expected.choices[0].token_ids)
-        assert "".join(c.text for m in got for c in m.choices) == expected.choices[0].text
-        assert sum(m.HasField("start") for m in got) == sum(m.HasField("usage") for m in got) == 1
-        assert got[-1].usage == expected.usage
-    finally:
-        second.kill()
-        gateway.start()
+            assert client.get_model(timeout_s=5).name == "toy"  # goes to the second at once
+    assert [t for m in got for c in m.choices for t in c.token_ids] == list(expected.choices[0].token_ids)
+    assert "".join(c.text for m in got for c in m.choices) == expected.choices[0].text
+    assert sum(m.HasField("start") for m in got) == sum(m.HasField("usage") for m in got) == 1
+    assert got[-1].usage == expected.usage
 
 
-def test_the_deadline_bounds_all_attempts() -> None:
+async def test_a_gateway_that_hangs_is_left_by_keepalive(gateway, nursery):
+    channel = ChannelOptions(keepalive_s=1, keepalive_timeout_s=1)
+    generation = asked([4, 5])
+    with running(nursery) as second:
+        async with AsyncClient([gateway.address, second.address], backoff=QUICK, channel=channel) as client:
+            expected = await client.generate(generation)
+            messages = client.stream_generate(generation, timeout_s=30)
+            got = [await anext(messages) for _ in range(10)]
+            os.kill(gateway.pid, signal.SIGSTOP)
+            got += [message async for message in messages]
+    assert [t for m in got for c in m.choices for t in c.token_ids] == list(expected.choices[0].token_ids)
+
+
+def test_another_model_is_not_gone_on_with(gateway, nursery):
+    with running(nursery, fingerprint="other") as other:
+        with Client([gateway.address, other.address], backoff=QUICK) as client:
+            messages = client.stream_generate(asked([1]))
+            for _ in range(10):
+                next(messages)
+            gateway.kill()
+            with pytest.raises(FailedPreconditionError, match=r"'toy'.*'other'.*begin again") as caught:
+                list(messages)
+    assert caught.value.reason == "MODEL_FINGERPRINT_MISMATCH"
+
+
+def test_the_deadline_bounds_all_attempts():
     with Client("127.0.0.1:1", backoff=QUICK) as client:
         began = time.monotonic()
-        with pytest.raises(UnavailableError):
-            client.get_model(timeout_s=1.0)
+        with pytest.raises(UnavailableError) as caught:
+            client.get_model(timeout_s=1.0, request_id="mine")
         assert time.monotonic() - began < 5
+        assert caught.value.metadata["request_id"] == "mine"
 
 
-async def test_errors_are_typed_and_not_retried(gateway: Gateway) -> None:
+async def test_errors_are_typed_and_not_retried(gateway, caplog):
     wrong = gen.Generation(token_ids=gen.TokenIds(ids=[1]), sampling=gen.SamplingParams(temperature=-1))
-    slow = generations()[0]
     with Client(gateway.address) as client:
         with pytest.raises(InvalidArgumentError) as caught:
             client.generate(wrong)
         assert "temperature" in caught.value.message
         with pytest.raises(DeadlineExceededError):
-            client.generate(slow, timeout_s=0.2)
+            client.generate(asked([1]), timeout_s=0.2)
         assert client.get_model().name == "toy"
         assert client.detokenize(pb.DetokenizeRequest(token_ids=[1])).text
     async with AsyncClient(gateway.address) as client:
         with pytest.raises(InvalidArgumentError):
             await client.generate(wrong)
         assert (await client.tokenize(pb.TokenizeRequest(text="a"))).token_ids
+    assert "trying again" not in caplog.text
 
 
-def test_closing_the_iterator_cancels_the_request(gateway: Gateway) -> None:
-    [generation, *_] = generations()
+def test_best_of_is_served(gateway):
+    generation = asked([1], sampling=seeded(5), best_of=3)
     with Client(gateway.address) as client:
-        messages = client.stream_generate(generation)
-        next(messages)
-        next(messages)
+        answer = client.generate(generation)
+    assert len(answer.choices) == 1
+    assert answer.usage.completion_tokens == 3 * 150
+
+
+def until_idle(client: Client) -> None:
+    deadline = time.monotonic() + 5
+    while client.get_model().pipelines[0].num_running_sequences:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+async def test_closing_or_cancelling_ends_the_request(gateway):
+    with Client(gateway.address) as client:
+        messages = client.stream_generate(asked([1], num_choices=2))
+        next(messages), next(messages)
         messages.close()
-        deadline = time.monotonic() + 5
-        while client.get_model().pipelines[0].num_running_sequences:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until_idle(client)
+        async with AsyncClient(gateway.address) as other:
+            task = asyncio.create_task(other.generate(asked([1])))
+            await asyncio.sleep(0.2)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.to_thread(until_idle, client)
+
+
+async def test_a_closed_client_says_so(gateway):
+    client = Client(gateway.address)
+    messages = client.stream_generate(asked([1]))
+    next(messages)
+    client.close()
+    other = AsyncClient(gateway.address)
+    task = asyncio.create_task(other.generate(asked([1])))
+    await asyncio.sleep(0.2)
+    await other.close()
+    for call in (lambda: list(messages), client.get_model):
+        with pytest.raises(StagelineError) as caught:
+            call()
+        assert caught.value.reason == "CLIENT_CLOSED"
+    for pending in (task, other.get_model()):
+        with pytest.raises(FailedPreconditionError, match="closed"):
+            await pending
