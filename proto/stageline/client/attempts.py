@@ -53,17 +53,21 @@ def failure(error: Any) -> StagelineError:
 
 def cancelled_by_peer(details: str) -> StagelineError:
     """For a cancellation that nobody here asked for. It is a broken stream: what stands between, or the peer, reset it."""
-    return UnavailableError("CANCELLED_BY_PEER", f"the other side cancelled the call: {details}")
+    return _broken("CANCELLED_BY_PEER", f"the other side cancelled the call: {details}")
 
 
 def ended_early(progress: Progress) -> StagelineError:
     """For a stream that ended without an error before its answer had."""
-    return UnavailableError("STREAM_ENDED_EARLY", f"the stream ended with {progress.num_unfinished} choices unfinished")
+    return _broken("STREAM_ENDED_EARLY", f"the stream ended with {progress.num_unfinished} choices unfinished")
 
 
 def closed() -> StagelineError:
     """For a call of a client that was closed, before it or meanwhile."""
     return FailedPreconditionError("CLIENT_CLOSED", "the client was closed; open another")
+
+
+def _broken(reason: str, message: str) -> StagelineError:
+    return UnavailableError(reason, message, retry_after_s=0)  # no server has said when to come back
 
 
 def _retried(error: StagelineError) -> bool:

@@ -39,6 +39,9 @@ class ChannelOptions:
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_s * 1000)),
+            # gRPC measures bandwidth with pings of its own. While one is out it sends no keepalive, and that one, too, must
+            # not wait for its default of 60 s: it is the one that meets a peer which hangs in mid-stream.
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_s * 1000)),
             # A client that only listens sends no data: without this, gRPC stops to ping after the second time.
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.enable_retries", 0),  # we know what a repeated call means, gRPC does not
