@@ -27,18 +27,23 @@ def in_chunks(function: Callable[[Tensor], Tensor], x_TI: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich, 2019), computed in float32 like transformers' Qwen2RMSNorm."""
+    """Root mean square norm (Zhang & Sennrich, 2019), computed in float32 like transformers' Qwen2RMSNorm.
+
+    The scale is rsqrt(|x|² / D + eps): a norm reads bfloat16 rows directly, a mean of squares needs two float32 copies.
+    """
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.eps = eps
+        self._eps_1 = torch.tensor([eps], dtype=torch.float32, device=device)
+        self._inverse_size = 1.0 / size
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D], same dtype."""
-        x32_TD = x_TD.float()
-        variance_T1 = x32_TD.pow(2).mean(-1, keepdim=True)
-        return self.weight * (x32_TD * torch.rsqrt(variance_T1 + self.eps)).to(x_TD.dtype)
+        norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True, dtype=torch.float32)
+        scale_T1 = torch.addcmul(self._eps_1, norm_T1, norm_T1, value=self._inverse_size).rsqrt_()
+        # Multiplied in float32, rounded to the model's dtype before the weight.
+        return torch.mul(x_TD, scale_T1, out=torch.empty_like(x_TD)).mul_(self.weight)
 
 
 class RotaryEmbedding:
@@ -49,13 +54,17 @@ class RotaryEmbedding:
         self.inv_freq_F = 1.0 / (theta**exponents)
 
     def angles(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [T, 1, H] in `dtype`, for int64 positions [T]."""
+        """cos, and sin with its first half negated, each [T, 1, H] in `dtype`, for int64 positions [T]."""
         freqs_TF = positions_T.float().unsqueeze(-1) * self.inv_freq_F
-        angles_TH = torch.cat((freqs_TF, freqs_TF), dim=-1)
-        return angles_TH.cos().to(dtype).unsqueeze(1), angles_TH.sin().to(dtype).unsqueeze(1)
+        cos_TF, sin_TF = freqs_TF.cos().to(dtype), freqs_TF.sin().to(dtype)
+        return torch.cat((cos_TF, cos_TF), -1).unsqueeze(1), torch.cat((sin_TF.neg(), sin_TF), -1).unsqueeze(1)
 
 
-def rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
-    """Apply rotary angles to [T, N, H]."""
-    left, right = x_TNH.chunk(2, dim=-1)
-    return x_TNH * cos_T1H + torch.cat((-right, left), dim=-1) * sin_T1H
+def rotate_(x_TNH: Tensor, cos_T1H: Tensor, signed_sin_T1H: Tensor) -> Tensor:
+    """Apply rotary angles to [T, N, H] in place; returns its argument. Angles as RotaryEmbedding gives them.
+
+    Halves change places by one roll, and the sign is in the angles. Products are rounded one by one (no addcmul): then
+    bits do not depend on where in a vectorized loop an element falls.
+    """
+    rolled_TNH = x_TNH.roll(x_TNH.shape[-1] // 2, -1)
+    return x_TNH.mul_(cos_T1H).add_(rolled_TNH.mul_(signed_sin_T1H))

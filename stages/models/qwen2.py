@@ -17,7 +17,7 @@ from stages.attention.base import AttentionBackend, AttentionContext
 from stages.config import ModelConfig
 from stages.kv_cache import KVCache
 from stages.layers.linear import Linear, ProductChooser
-from stages.layers.ops import RMSNorm, RotaryEmbedding, in_chunks, rotate
+from stages.layers.ops import RMSNorm, RotaryEmbedding, in_chunks, rotate_
 from stages.partition import EMBEDDING, FINAL_NORM, LM_HEAD, LayerRange, tensor_shapes
 
 
@@ -32,7 +32,6 @@ class DecoderLayer(nn.Module):
         products: Any = {**make, "chooser": chooser}
         self.q_size = config.num_heads * config.head_dim
         self.kv_size = config.num_kv_heads * config.head_dim
-        self.head_dim = config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
         self.input_norm = RMSNorm(hidden, config.rms_norm_eps, **make)
         self.qkv = Linear(hidden, self.q_size + 2 * self.kv_size, bias=config.qkv_bias, **products)
@@ -94,16 +93,15 @@ class Qwen2Stage(nn.Module):
     def forward(self, input_T: Tensor, context: AttentionContext, kv: KVCache) -> Tensor:
         """int64 token ids [T] on the first stage, hidden states [T, D] on the others → hidden states [T, D]."""
         hidden_TD = F.embedding(input_T, self.embedding) if self.embedding is not None and self.is_first else input_T
-        cos_T1H, sin_T1H = self.rotary.angles(context.positions_T, hidden_TD.dtype)
+        cos_T1H, signed_sin_T1H = self.rotary.angles(context.positions_T, hidden_TD.dtype)
+        config = self.config
+        head_sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         for index, layer in enumerate(self.layers, start=self.layer_range.start_layer):
             assert isinstance(layer, DecoderLayer)
-            qkv = self._by_row(layer.project, hidden_TD)
-            q, k, v = (
-                x.unflatten(-1, (-1, layer.head_dim))
-                for x in qkv.split([layer.q_size, layer.kv_size, layer.kv_size], -1)
-            )
-            q_TNH, k_TKH = rotate(q, cos_T1H, sin_T1H), rotate(k, cos_T1H, sin_T1H)
-            kv.write(index, context.slots_T, k_TKH, v)
+            heads_TAH = self._by_row(layer.project, hidden_TD).unflatten(-1, (-1, config.head_dim))
+            rotate_(heads_TAH.narrow(1, 0, config.num_heads + config.num_kv_heads), cos_T1H, signed_sin_T1H)
+            q_TNH, k_TKH, v_TKH = heads_TAH.split(head_sizes, 1)
+            kv.write(index, context.slots_T, k_TKH, v_TKH)
             attended_TNH = self.attention.forward(q_TNH, *kv.layer(index), context, self.config.sliding_windows[index])
             attended_TD = attended_TNH.flatten(1)
             hidden_TD = self._finish(layer, hidden_TD, attended_TD)
