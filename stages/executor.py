@@ -62,6 +62,7 @@ class StageExecutor:
         """
         trace = pb.StepResult()
         released: list[int] = []
+        cpu_ns = time.thread_time_ns()
         try:
             trace.ParseFromString(frame.trace)
             timing = trace.timings.add(stage=self._name, received_ns=received_ns, started_ns=time.monotonic_ns())
@@ -77,6 +78,7 @@ class StageExecutor:
             failure.released_sequence_ids.extend(released)
             return self._answer_failed(frame, failure, trace)
         timing.finished_ns = time.monotonic_ns()
+        timing.cpu_ns = time.thread_time_ns() - cpu_ns
         if isinstance(out, list):
             result = pb.StepResult(step_id=frame.step_id, rows=out, timings=trace.timings)
             return StepFrame(frame.epoch, frame.step_id, result.SerializeToString())

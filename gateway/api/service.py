@@ -20,6 +20,7 @@ from gateway.grammar import GrammarCompiler
 from gateway.tokenizer import ChatTemplate, Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
 from stageline.errors import FailedPreconditionError
+from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
 
 logger = logging.getLogger("stageline.gateway.requests")
 
@@ -44,6 +45,10 @@ class EngineLike(Protocol):
 
     def spares(self) -> tuple[ReplicaStatus, ...]:
         """Replicas in no pipeline."""
+        ...
+
+    def watch_steps(self) -> AsyncIterator[StreamStepsResponse]:
+        """An async generator of the steps that come back from now on."""
         ...
 
 

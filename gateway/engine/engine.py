@@ -15,6 +15,7 @@ from gateway.pipelines.discovery import Registry
 from gateway.tokenizer import Tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
 from stageline.errors import ResourceExhaustedError, StagelineError, UnavailableError
+from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
 
 DRAIN_POLL_S = 0.05
 
@@ -63,6 +64,10 @@ class Engine:
     def spares(self) -> tuple[ReplicaStatus, ...]:
         """Replicas in no pipeline."""
         return self._keeper.spares()
+
+    def watch_steps(self) -> AsyncGenerator[StreamStepsResponse, None]:
+        """Every step of every pipeline that comes back from now on, in groups."""
+        return self._keeper.feed.watch()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[ChoiceDelta, None]:
         """Deltas of all choices as they come. Closing the iterator cancels the request.

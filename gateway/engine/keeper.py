@@ -15,6 +15,7 @@ from gateway.engine.choice import ChoiceState, Deltas
 from gateway.engine.lane import Lane, replica_status
 from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings
+from gateway.engine.watch import StepFeed
 from gateway.pipelines.discovery import Registry, ReplicaRecord, describe, new_owner_id
 from gateway.pipelines.form import Chain, chain
 from gateway.pipelines.pipeline import Pipeline
@@ -36,6 +37,7 @@ class Keeper:
 
     def __init__(self, registry: Registry, settings: EngineSettings, fingerprint: str, make_choice: MakeChoice) -> None:
         self.lanes: list[Lane] = []
+        self.feed = StepFeed()
         self.changed = asyncio.Event()  # replaced at every change of membership or readiness
         self._membership = asyncio.Event()  # replaced at every change of membership
         self._registry, self._settings, self._fingerprint = registry, settings, fingerprint
@@ -77,7 +79,10 @@ class Keeper:
         chains, _ = chain(self._free(None), self._fingerprint)
         for _ in range(len(chains) - waiting):
             lane = Lane(
-                str(next(self._lane_numbers)), self._make_scheduler, check_integrity=self._settings.check_integrity
+                str(next(self._lane_numbers)),
+                self._make_scheduler,
+                self.feed,
+                check_integrity=self._settings.check_integrity,
             )
             self.lanes.append(lane)
             task = asyncio.create_task(self._keep(lane))

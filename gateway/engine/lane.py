@@ -10,6 +10,7 @@ from functools import partial
 from gateway.engine.choice import ChoiceState
 from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
+from gateway.engine.watch import StepFeed, describe_step
 from gateway.grammar import Outbox
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
@@ -34,9 +35,15 @@ class Lane:
     """Sequences, the scheduler that owns their blocks, and the driver of the current pipeline."""
 
     def __init__(
-        self, name: str, make_scheduler: Callable[[Pipeline], Scheduler], *, check_integrity: bool = False
+        self,
+        name: str,
+        make_scheduler: Callable[[Pipeline], Scheduler],
+        feed: StepFeed,
+        *,
+        check_integrity: bool = False,
     ) -> None:
         self.name = name
+        self._feed = feed
         self.state = "forming"
         self.scheduler: Scheduler | None = None
         self.pipeline: Pipeline | None = None
@@ -207,6 +214,10 @@ class Lane:
             for sequence in self.scheduler.fail(result.step_id):
                 self._choices.pop(sequence.sequence_id).fail(error)
         else:
+            if self._feed.watched and self.pipeline is not None:
+                self._feed.publish(
+                    describe_step(self.name, self.pipeline.epoch, batch, result, sent_s=sent_s, returned_s=arrived_s)
+                )
             timing = step_timing(result, arrived_s - sent_s + self._handling_s)
             self._on_rows(batch, {row.sequence_id: row for row in result.rows}, timing)
         self.pump()

@@ -108,12 +108,12 @@ def activation_bytes(config: ModelConfig, workload: Workload, dtype_bytes: int, 
     """Largest sum of live tensors besides weights and cache while a full micro-batch is computed.
 
     In the MLP, for each token: gate and up side by side (2F), silu(gate) (F), their product (F); four sets of hidden
-    states (4D); queries, keys and values before and after rotation, and what attention returned (three times queries and
-    three times keys); cosines and sines. On the last stage, afterwards, for each sequence: logits in the model's dtype and
+    states (4D); queries, keys and values, rotated in place, and what attention returned (twice queries and twice keys);
+    cosines and sines. On the last stage, afterwards, for each sequence: logits in the model's dtype and
     three times in float32 (the rows, their exponentials for the log-sum-exp, a processed copy).
     """
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    width = 4 * config.intermediate_size + 4 * config.hidden_size + 3 * (queries + keys) + 2 * config.head_dim
+    width = 4 * config.intermediate_size + 4 * config.hidden_size + 2 * (queries + keys) + 2 * config.head_dim
     mlp = workload.max_step_tokens * dtype_bytes * width
     logits = workload.max_step_sequences * config.vocab_size * (dtype_bytes + 3 * 4)
     return max(mlp, logits) if last else mlp

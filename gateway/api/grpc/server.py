@@ -11,13 +11,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from gateway.api.grpc.interceptor import TypedErrors
+from gateway.api.grpc.operations import OperationsServicer
 from gateway.api.grpc.servicer import InferenceServicer
 from gateway.api.service import Frontend
 from stageline.errors import ConfigError
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
+from stageline.operations.v1 import operations_service_pb2 as operations_pb
+from stageline.operations.v1 import operations_service_pb2_grpc as operations_pb_grpc
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+OPERATIONS = operations_pb.DESCRIPTOR.services_by_name["OperationsService"].full_name
 MAX_MESSAGE_BYTES = 16 * 2**20  # a prompt of 131,072 ids is half a MiB; as text, a few MiB
 HEALTH_PERIOD_S = 0.1
 OPTIONS = (
@@ -79,11 +83,12 @@ async def serve_grpc(
         "grpc.max_receive_message_length": max_message_bytes,
         "grpc.max_send_message_length": max_message_bytes,
     }
-    server = grpc.aio.server(options=tuple(options.items()), interceptors=(TypedErrors((SERVICE,)),))
+    server = grpc.aio.server(options=tuple(options.items()), interceptors=(TypedErrors((SERVICE, OPERATIONS)),))
     pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend), server)
+    operations_pb_grpc.add_OperationsServiceServicer_to_server(OperationsServicer(frontend), server)
     health_servicer = vars(health)["aio"].HealthServicer()  # health.aio, which some type stubs leave out
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((SERVICE, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
         bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError:

@@ -982,6 +982,7 @@ class StageTiming(_message.Message):
     RECEIVED_NS_FIELD_NUMBER: _builtins.int
     STARTED_NS_FIELD_NUMBER: _builtins.int
     FINISHED_NS_FIELD_NUMBER: _builtins.int
+    CPU_NS_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """Layers of the stage, as start-end."""
     received_ns: _builtins.int
@@ -990,6 +991,8 @@ class StageTiming(_message.Message):
     """Computing began."""
     finished_ns: _builtins.int
     """Computing ended."""
+    cpu_ns: _builtins.int
+    """CPU time of the thread that computed, in nanoseconds."""
     def __init__(
         self,
         *,
@@ -997,10 +1000,11 @@ class StageTiming(_message.Message):
         received_ns: _builtins.int = ...,
         started_ns: _builtins.int = ...,
         finished_ns: _builtins.int = ...,
+        cpu_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished_ns", b"finished_ns", "received_ns", b"received_ns", "stage", b"stage", "started_ns", b"started_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_ns", b"cpu_ns", "finished_ns", b"finished_ns", "received_ns", b"received_ns", "stage", b"stage", "started_ns", b"started_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
