@@ -7,6 +7,16 @@ from pathlib import Path
 
 import pytest
 
+# One at a time, whatever else runs beside them: each starts a Ray cluster, and two of those do not fit on two cores.
+RAY_FILES = {"test_chat_command.py", "test_serve.py", "test_serve_config_deploys.py", "test_serve_deploy.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `pytest -n`, a file's tests stay together: they share what its fixtures start."""
+    for item in items:
+        group = "ray" if item.path.name in RAY_FILES else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 @pytest.fixture(scope="session")
 def model_folder():
