@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Time says nothing here: the tests share the machine with one another.
+hypothesis.settings.register_profile("stageline")
+hypothesis.settings.load_profile("stageline")
 
 # One at a time, whatever else runs beside them: each starts a Ray cluster, and two of those do not fit on two cores.
 RAY_FILES = {"test_chat_command.py", "test_serve.py", "test_serve_config_deploys.py", "test_serve_deploy.py"}

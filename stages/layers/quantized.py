@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stages.layers.products import PlainProduct
 
 INT4_GROUP_SIZES = (64, 32)  # the first that divides the inputs is taken
 INT4_OUTPUT_MULTIPLE = 16
 _ROWS_AT_ONCE = 4096  # bounds what quantizing needs in float32 besides the weight
+# torch's int8 kernel is made for few rows; from so many on, a weight is turned into the rows' dtype (exactly: 8 bits of
+# mantissa hold every q) and multiplied as any other (benchmarks/quantization.py).
+MANY_ROWS = 16
 
 
 def int4_group_size(weight_OI: Tensor) -> int | None:
@@ -40,6 +44,9 @@ class Int8Product:
 
     def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
         """See Product."""
+        if x_TI.shape[0] >= MANY_ROWS:
+            parts = [F.linear(x_TI, q_RI.to(x_TI.dtype)) for q_RI in self._q_OI.split(_ROWS_AT_ONCE)]
+            return _add(torch.cat(parts, 1).mul_(self._scale_O), self._bias_O, residual_TO)
         out_TO: Tensor = torch._weight_int8pack_mm(x_TI, self._q_OI, self._scale_O)
         return _add(out_TO, self._bias_O, residual_TO)
 

@@ -205,7 +205,8 @@ async def test_reflection_knows_every_service_and_message(doors):
 
         services = {service.name for service in (await ask(list_services="")).list_services_response.service}
         assert services == {
-            "stageline.inference.v1.InferenceService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection",
+            "stageline.inference.v1.InferenceService", "stageline.operations.v1.OperationsService",
+            "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection",
         }  # fmt: skip
         for symbol in ("Constraint", "ToolCallDelta", "InferenceService"):
             answer = await ask(file_containing_symbol=f"stageline.inference.v1.{symbol}")

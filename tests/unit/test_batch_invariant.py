@@ -25,7 +25,7 @@ def alone(request, folder):
     return request.param, chain.step([(0, PROMPT, len(PROMPT))])[0]
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_bits_do_not_depend_on_company_chunks_or_split(data: st.DataObject, alone, folder) -> None:
     dtype, expected = alone

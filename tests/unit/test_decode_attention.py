@@ -39,7 +39,7 @@ def random_rows(data: st.DataObject) -> tuple[tuple[int, int], ...]:
     return tuple(rows) or ((5, 1),)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_random_batches_agree_with_a_plain_softmax(data: st.DataObject) -> None:
     rows = random_rows(data)

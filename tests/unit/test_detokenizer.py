@@ -20,7 +20,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.mark.parametrize("skip", [True, False])
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_pieces_make_the_whole(tokenizer: Tokenizer, skip: bool, data: st.DataObject) -> None:
     # Ids below 256 are single bytes: most sequences hold broken characters.
     one = st.integers(0, 255) | st.integers(0, tokenizer.vocab_size - 1)
@@ -72,7 +72,7 @@ few = st.text(alphabet="ab", min_size=1, max_size=5)
 
 @given(text=st.text(alphabet="ab", max_size=40), stops=st.lists(few, max_size=4), cuts=st.sets(st.integers(0, 40)),
        include=st.booleans())  # fmt: skip
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_stops_as_a_search_of_the_whole_finds_them(text: str, stops: list[str], cuts: set[int], include: bool) -> None:
     expected = naive(text, stops, include)
     matcher, sent, matched = StopMatcher(stops, include), "", None
@@ -91,7 +91,7 @@ def test_stops_as_a_search_of_the_whole_finds_them(text: str, stops: list[str], 
 
 
 @given(text=st.text(alphabet="ab", max_size=30), stops=st.lists(few, min_size=1, max_size=3), first=st.integers(0, 30))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_stops_complete_too_early_do_not_count(text: str, stops: list[str], first: int) -> None:
     early, late = text[:first], text[first:]
     matcher = StopMatcher(stops)

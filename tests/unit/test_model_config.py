@@ -36,7 +36,7 @@ def outcome(data) -> ModelConfig | CheckpointError:
         return error
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.dictionaries(st.sampled_from(KEYS), JSON | INNER, min_size=1, max_size=3))
 @example({"num_hidden_layers": 10**9})
 @example({"rope_theta": 10**400})

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.cli import main
@@ -46,7 +46,6 @@ def test_the_family_ships_by_name(name: str, billions: float) -> None:
 
 
 @given(data=st.data(), num_layers=st.integers(1, 9))
-@settings(deadline=None)
 def test_cut_is_the_best_of_all_cuts(data: st.DataObject, num_layers: int) -> None:
     num_stages = data.draw(st.integers(1, min(4, num_layers)))
     costs = [

@@ -28,7 +28,7 @@ def weight_and_rows(inputs: int, outputs: int, rows: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+@pytest.mark.parametrize("rows", [1, 3, 15, 16, 40])
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("kind", [Int8Product, Int4Product])
 def test_a_product_agrees_with_its_dequantized_twin(kind, inputs, outputs, rows, dtype) -> None:

@@ -223,7 +223,7 @@ def test_sums_in_chunks_are_sums(vocab: int) -> None:
     torch.testing.assert_close(logsumexp(x_RV, x_RV.amax(-1), room_RCL), exact_R.log().float(), rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.sampled_from([1, 31, 32, 64, 1024, 8192, 30_000]), st.sampled_from([1, 2, 40, 64, 512]), st.integers(0, 99),
        st.sampled_from([2, 30, 10**6]))  # fmt: skip
 def test_the_top_is_that_of_a_stable_sort(vocab: int, size: int, seed: int, distinct: int) -> None:
@@ -240,7 +240,7 @@ def test_the_top_is_that_of_a_stable_sort(vocab: int, size: int, seed: int, dist
     assert first_R[[0, 2]].tolist() == order_RV[[0, 2], 0].tolist()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=40), st.integers(0, 40), st.sampled_from([0.0, 1.0]))
 def test_ties_go_to_the_lower_id(values: list[int], top_k: int, temperature: float) -> None:
     logits_V = torch.tensor(values, dtype=torch.float32)

@@ -367,7 +367,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
 
 
 SimulatedPipeline.TestCase.settings = settings(
-    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=200, stateful_step_count=50, suppress_health_check=list(HealthCheck)
 )
 TestSimulatedPipeline = SimulatedPipeline.TestCase
 
