@@ -1,10 +1,12 @@
-"""Decode throughput of Stageline (1 and 2 stages), transformers and, where its Python is given, vLLM: taken in turn, on the
-same weights and prompts. Prints a table and one JSON object.
+"""Decode and prefill of Stageline, transformers and, where its Python is given, vLLM: taken in turn, on the same weights and
+prompts. Prints a table and one JSON object.
 
-    python -m benchmarks.compare --model DIR [--vllm-python /path/to/python] [--repeats 5]
+    python -m benchmarks.compare --model DIR [--stages 1 2] [--vllm-python /path/to/python] [--repeats 5]
 
-bfloat16, 128-token prompts, 64 new tokens, greedy; tokens a second of all streams while all of them decode. The limit of one
-stream is what reading the weights once a token allows: the best read-only sum over 2 GB, divided by their bytes.
+bfloat16, greedy. Decode: 128-token prompts, 64 new tokens, tokens a second of all streams while all of them decode. Prefill:
+tokens of one 2,048-token prompt over its time to first token. Two limits are taken in the same turns: the model's matrix
+products alone (benchmarks/kernels.py) at the same rows and threads, and for one stream what reading the weights once a token
+allows: the best read-only sum over 2 GB, divided by their bytes.
 """
 
 from __future__ import annotations
@@ -14,23 +16,25 @@ import asyncio
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from operator import truediv as divide
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from benchmarks.servers import serving
 from gateway.bench.load import Generator, Shape
 from gateway.bench.measure import throughput
 
 SHAPE = Shape(prompt_tokens=128, new_tokens=64)
-STREAMS = (1, 16)
+PREFILL_TOKENS = 2048
+LIMIT = "products alone"
 
 
 class Contender(Protocol):
@@ -38,6 +42,10 @@ class Contender(Protocol):
 
     def decode_rate(self, streams: int) -> float:
         """Tokens a second of all streams together."""
+        ...
+
+    def prefill_rate(self, tokens: int) -> float:
+        """Tokens a second of one prompt."""
         ...
 
 
@@ -56,17 +64,33 @@ class Stageline:
 
         return asyncio.run(measure())
 
+    def prefill_rate(self, tokens: int) -> float:
+        """See Contender."""
+
+        async def measure() -> float:
+            async with Generator(self._address, seed=time.monotonic_ns()) as load:
+                return tokens / (await load.run(Shape(tokens, 1))).ttft_s
+
+        return asyncio.run(measure())
+
 
 class Worker:
-    """Another system in a process of its own: reads a number of streams, answers tokens a second."""
+    """Another system in a process of its own: reads `decode STREAMS` or `prefill TOKENS`, answers tokens a second."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def decode_rate(self, streams: int) -> float:
         """See Contender."""
+        return self._ask(f"decode {streams}")
+
+    def prefill_rate(self, tokens: int) -> float:
+        """See Contender."""
+        return self._ask(f"prefill {tokens}")
+
+    def _ask(self, what: str) -> float:
         assert self._process.stdin is not None
-        print(streams, file=self._process.stdin, flush=True)
+        print(what, file=self._process.stdin, flush=True)
         return float(read_marked(self._process))
 
 
@@ -80,26 +104,11 @@ def read_marked(process: subprocess.Popen[str]) -> str:
 
 
 @contextmanager
-def serving(model: str, stages: int) -> Iterator[Contender]:
-    """Our own server."""
-    command = [sys.executable, "-m", "gateway.cli", "serve", "--model", model, "--stages", str(stages),
-               "--grpc-port", "0", "--http-port", "0"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline().split()
-        if len(ready) != 3:
-            raise SystemExit(process.wait() or 1)
-        yield Stageline(ready[2].removeprefix("grpc://"))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=120)
-
-
-@contextmanager
-def working(python: str, script: str, model: str) -> Iterator[Contender]:
-    """A worker script of this folder under the given Python."""
-    command = [python, str(Path(__file__).parent / script), model, str(SHAPE.prompt_tokens), str(SHAPE.new_tokens)]
+def working(python: str, name: str, model: str) -> Iterator[Contender]:
+    """A worker script of this folder under the given Python, which may not have our packages."""
+    script = Path(__file__).parent / f"worker_{name}.py"
+    what = ["-m", f"benchmarks.{script.stem}"] if python == sys.executable else [str(script)]
+    command = [python, *what, model, str(SHAPE.prompt_tokens), str(SHAPE.new_tokens)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         read_marked(process)  # loaded
@@ -128,50 +137,63 @@ def main() -> int:
     """Measure in turn and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder in the Hugging Face layout")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], help="our pipelines")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16], help="of decode")
     parser.add_argument("--vllm-python", help="a Python that has vLLM for CPUs; without it vLLM is left out")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     bandwidth = streaming_bandwidth()
-    rates: dict[str, dict[int, list[float]]] = {}
+    cases = [*(("decode", streams) for streams in args.streams), ("prefill", PREFILL_TOKENS)]
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {
-            "stageline, 1 stage": stack.enter_context(serving(args.model, 1)),
-            "stageline, 2 stages": stack.enter_context(serving(args.model, 2)),
-            "transformers": stack.enter_context(working(sys.executable, "worker_transformers.py", args.model)),
+            f"stageline, {n} stage{'s' * (n > 1)}": Stageline(stack.enter_context(serving(args.model, n)))
+            for n in args.stages
         }
+        contenders[LIMIT] = stack.enter_context(working(sys.executable, "products", args.model))
+        contenders["transformers"] = stack.enter_context(working(sys.executable, "transformers", args.model))
         if args.vllm_python:
-            contenders["vllm"] = stack.enter_context(working(args.vllm_python, "worker_vllm.py", args.model))
-        rates = {name: {streams: [] for streams in STREAMS} for name in contenders}
+            contenders["vllm"] = stack.enter_context(working(args.vllm_python, "vllm", args.model))
+        runs: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
         for turn in range(args.repeats + 1):
-            for streams in STREAMS:
+            for kind, size in cases:
                 for name, contender in contenders.items():
-                    rate = contender.decode_rate(streams)
+                    rate = contender.decode_rate(size) if kind == "decode" else contender.prefill_rate(size)
                     if turn:  # the first turn warms up
-                        rates[name][streams].append(rate)
+                        runs[name].setdefault(f"{kind} {size}", []).append(rate)
+            print(f"turn {turn} of {args.repeats} is done", file=sys.stderr, flush=True)
     weights = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    medians = {name: {n: statistics.median(runs) for n, runs in by.items()} for name, by in rates.items()}
-    print(f"{'':24}" + "".join(f"{n:>12} streams" for n in STREAMS))
-    for name, by in medians.items():
-        print(f"{name:24}" + "".join(f"{by[n]:>14.1f} tok/s" for n in STREAMS))
-    print(f"{'limit, one stream':24}{bandwidth / weights:>14.1f} tok/s  ({bandwidth / 1e9:.1f} GB/s)")
-    ours = medians["stageline, 1 stage"]
+    medians = {name: {case: statistics.median(rates) for case, rates in by.items()} for name, by in runs.items()}
+    print(table(medians, bandwidth / weights))
+    ours = {name: by for name, by in runs.items() if name.startswith("stageline")}
     report = {
         "model": Path(args.model).name,
         "shape": [SHAPE.prompt_tokens, SHAPE.new_tokens],
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "commit": commit.stdout.strip(),
+        "streaming_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
         "median_tokens_per_s": medians,
-        "ratio_of_one_stage": {
-            name: {n: round(ours[n] / by[n], 2) for n in STREAMS}
-            for name, by in medians.items()
-            if "stageline" not in name
+        # The median of the ratios of runs that followed each other: what slowed the machine down slowed both.
+        "ratio_to": {
+            mine: {
+                other: {case: round(statistics.median(map(divide, by[case], runs[other][case])), 2) for case in by}
+                for other in runs
+                if other not in ours
+            }
+            for mine, by in ours.items()
         },
-        "share_of_limit": round(ours[1] * weights / bandwidth, 2),
-        "runs": rates,
+        "runs": runs,
     }
     print(json.dumps(report))
     return 0
+
+
+def table(medians: dict[str, dict[str, float]], limit: float) -> str:
+    """Tokens a second, one line a contender."""
+    cases = list(next(iter(medians.values())))
+    lines = [f"{'tokens a second':24}" + "".join(f"{case:>14}" for case in cases)]
+    lines += [f"{name:24}" + "".join(f"{by[case]:>14.1f}" for case in cases) for name, by in medians.items()]
+    return "\n".join([*lines, f"{'weights / bandwidth':24}{limit:>14.1f}"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""transformers for benchmarks/compare.py: MODEL PROMPT_TOKENS NEW_TOKENS; a number of streams a line in, tokens a second out."""
+"""transformers for benchmarks/compare.py: MODEL PROMPT_TOKENS NEW_TOKENS; `decode STREAMS` or `prefill TOKENS` a line in, tokens a
+second out."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ def main() -> None:
     rng = random.Random(0)
     print("@@ ready", flush=True)
     for line in sys.stdin:
-        streams = int(line)
-        ids = torch.tensor([[rng.randrange(100, 40_000) for _ in range(prompt_tokens)] for _ in range(streams)])
+        kind, size = line.split()
+        streams, length = (int(size), prompt_tokens) if kind == "decode" else (1, int(size))
+        ids = torch.tensor([[rng.randrange(100, 40_000) for _ in range(length)] for _ in range(streams)])
 
         def seconds(count: int, ids: torch.Tensor = ids) -> float:
             began = time.perf_counter()
@@ -29,6 +31,9 @@ def main() -> None:
                 )  # fmt: skip
             return time.perf_counter() - began
 
+        if kind == "prefill":
+            print(f"@@ {length / seconds(1)}", flush=True)
+            continue
         decode_s = seconds(new_tokens) - seconds(1)
         print(f"@@ {streams * (new_tokens - 1) / decode_s}", flush=True)
 

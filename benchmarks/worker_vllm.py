@@ -1,4 +1,5 @@
-"""vLLM on the CPU for benchmarks/compare.py: MODEL PROMPT_TOKENS NEW_TOKENS; streams a line in, tokens a second out."""
+"""vLLM on the CPU for benchmarks/compare.py: MODEL PROMPT_TOKENS NEW_TOKENS; `decode STREAMS` or `prefill TOKENS` a line in,
+tokens a second out."""
 
 from __future__ import annotations
 
@@ -12,14 +13,13 @@ from vllm import LLM, SamplingParams  # in its own environment
 def main() -> None:
     """Serve until stdin ends."""
     folder, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    llm = LLM(model=folder, dtype="bfloat16", max_model_len=2048, enable_prefix_caching=False)
+    llm = LLM(model=folder, dtype="bfloat16", max_model_len=4096, enable_prefix_caching=False)
     rng = random.Random(0)
     print("@@ ready", flush=True)
     for line in sys.stdin:
-        streams = int(line)
-        prompts = [
-            {"prompt_token_ids": [rng.randrange(100, 40_000) for _ in range(prompt_tokens)]} for _ in range(streams)
-        ]
+        kind, size = line.split()
+        streams, length = (int(size), prompt_tokens) if kind == "decode" else (1, int(size))
+        prompts = [{"prompt_token_ids": [rng.randrange(100, 40_000) for _ in range(length)]} for _ in range(streams)]
 
         def seconds(count: int, prompts: list[dict[str, list[int]]] = prompts) -> float:
             params = SamplingParams(temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True)
@@ -27,6 +27,9 @@ def main() -> None:
             llm.generate(prompts, params, use_tqdm=False)
             return time.perf_counter() - began
 
+        if kind == "prefill":
+            print(f"@@ {length / seconds(1)}", flush=True)
+            continue
         decode_s = seconds(new_tokens) - seconds(1)
         print(f"@@ {streams * (new_tokens - 1) / decode_s}", flush=True)
 

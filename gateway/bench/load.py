@@ -66,6 +66,13 @@ class Generator:
 
     async def run(self, shape: Shape) -> Outcome:
         """One request to its end."""
+        outcome = Outcome(shape, time.perf_counter())
+        await self.run_into(outcome)
+        return outcome
+
+    async def run_into(self, outcome: Outcome) -> None:
+        """The same, written down as it goes on."""
+        shape = outcome.shape
         self._sent += 1
         stub = self._stubs[self._sent % NUM_CHANNELS]
         ids = [self._random.randrange(self.model.vocab_size) for _ in range(shape.prompt_tokens)]
@@ -76,14 +83,13 @@ class Generator:
                 stop=gen.StopConditions(max_tokens=shape.new_tokens, ignore_eos=True),
             )
         )
-        outcome = Outcome(shape, time.perf_counter())
+        outcome.sent_s = time.perf_counter()
         try:
             async for response in stub.StreamGenerate(request):
                 for delta in response.choices:
                     outcome.token_s += [time.perf_counter()] * len(delta.token_ids)
         except grpc.aio.AioRpcError as error:
             outcome.error = f"{error.code().name}: {error.details()}"
-        return outcome
 
     async def closed_loop(self, shapes: Sequence[Shape], num_streams: int) -> list[Outcome]:
         """`num_streams` requests at a time until all of `shapes` are done."""

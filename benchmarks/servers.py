@@ -1,0 +1,26 @@
+"""A server of our own for the length of a benchmark."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def serving(model: str, stages: int, *flags: str) -> Iterator[str]:
+    """`stageline serve` on free ports; gives its gRPC address."""
+    command = [sys.executable, "-m", "gateway.cli", "serve", "--model", model, "--stages", str(stages),
+               "--grpc-port", "0", "--http-port", "0", *flags]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        ready = process.stdout.readline().split()
+        if len(ready) != 3:
+            raise SystemExit(process.wait() or 1)
+        yield ready[2].removeprefix("grpc://")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=120)
