@@ -3,7 +3,8 @@ prompts. Prints a table and one JSON object.
 
     python -m benchmarks.compare --model DIR [--stages 1 2] [--vllm-python /path/to/python] [--repeats 5]
 
-bfloat16, greedy. Decode: 128-token prompts, 64 new tokens, tokens a second of all streams while all of them decode. Prefill:
+bfloat16, greedy. Decode: 128-token prompts, 64 new tokens, (requests answered in full less
+requests for one token alone, the same for all systems). Prefill:
 tokens of one 2,048-token prompt over its time to first token. Two limits are taken in the same turns: the model's matrix
 products alone (benchmarks/kernels.py) at the same rows and threads, and for one stream what reading the weights once a token
 allows: the best read-only sum over 2 GB, divided by their bytes.
@@ -30,7 +31,7 @@ import numpy as np
 
 from benchmarks.servers import serving
 from gateway.bench.load import Generator, Shape
-from gateway.bench.measure import throughput
+from gateway.bench.measure import checked
 
 SHAPE = Shape(prompt_tokens=128, new_tokens=64)
 PREFILL_TOKENS = 2048
@@ -60,7 +61,14 @@ class Stageline:
 
         async def measure() -> float:
             async with Generator(self._address, seed=time.monotonic_ns()) as load:
-                return float((await throughput(load, SHAPE, streams, 1, warm=False))["decode_tokens_per_s"])
+
+                async def seconds(new_tokens: int) -> float:
+                    shape = Shape(SHAPE.prompt_tokens, new_tokens)
+                    outcomes = checked(await load.closed_loop([shape] * streams, streams))
+                    return max(o.token_s[-1] for o in outcomes) - min(o.sent_s for o in outcomes)
+
+                decode_s = await seconds(SHAPE.new_tokens) - await seconds(1)
+                return streams * (SHAPE.new_tokens - 1) / decode_s
 
         return asyncio.run(measure())
 
