@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 
 # Time says nothing here: the tests share the machine with one another.
-hypothesis.settings.register_profile("stageline")
+hypothesis.settings.register_profile("stageline", deadline=None)
 hypothesis.settings.load_profile("stageline")
 
 # One at a time, whatever else runs beside them: each starts a Ray cluster, and two of those do not fit on two cores.
