@@ -46,7 +46,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> StageRunner:
     runner = StageRunner(
         checkpoint.config, layers, dtype=dtype, device=torch.device("cpu"), block_size_tokens=BLOCK_TOKENS
     )
-    load_weights(checkpoint, layers, runner.model.load_tensor, dtype=dtype)
+    load_weights(checkpoint, layers, runner.model, dtype=dtype)
     runner.allocate_kv(NUM_BLOCKS)
     return runner
 

@@ -43,7 +43,7 @@ def load(checkpoint: Checkpoint, quantization: str | None) -> StageRunner:
         checkpoint.config, layers, dtype=torch.bfloat16, device=CPU, block_size_tokens=BLOCK_TOKENS,
         quantization=quantization,
     )  # fmt: skip
-    load_weights(checkpoint, layers, runner.model.load_tensor, dtype=torch.bfloat16)
+    load_weights(checkpoint, layers, runner.model, dtype=torch.bfloat16)
     runner.allocate_kv(NUM_BLOCKS)
     return runner
 

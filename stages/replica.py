@@ -99,7 +99,7 @@ class StageReplica:
                 bar.update(done - bar.n)
 
             dtype, progress = DTYPES[spec.dtype], self._progress or draw
-            load_weights(checkpoint, layers, runner.model.load_tensor, dtype=dtype, progress=progress)
+            load_weights(checkpoint, layers, runner.model, dtype=dtype, progress=progress)
         missing = runner.model.missing()
         if missing:
             raise InternalError(

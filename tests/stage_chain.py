@@ -36,7 +36,7 @@ class Chain:
             runner = StageRunner(
                 checkpoint.config, layers, dtype=dtype, device=torch.device("cpu"), block_size_tokens=BLOCK, **options,
             )  # fmt: skip
-            load_weights(checkpoint, layers, runner.model.load_tensor, dtype=dtype)
+            load_weights(checkpoint, layers, runner.model, dtype=dtype)
             assert not runner.model.missing()
             runner.allocate_kv(num_blocks)
             self.stages.append(runner)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stageline.errors import CheckpointError
 from stages.attention.base import AttentionBackend, AttentionContext
 from stages.config import ModelConfig
 from stages.kv_cache import KVCache
@@ -126,42 +125,37 @@ class Qwen2Stage(nn.Module):
     def _by_row(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return in_chunks(function, x) if self.batch_invariant else function(x)
 
-    def load_tensor(self, name: str, tensor: Tensor) -> None:
-        """Copy one checkpoint tensor into its place. Raises CheckpointError for a wrong name, shape or a repetition."""
-        expected = self._expected.get(name)
-        if expected is None or name not in self._missing:
-            fault = "does not belong to" if expected is None else "was already loaded into"
-            raise CheckpointError("TENSOR_UNEXPECTED", f"tensor {name} {fault} layers {self.layer_range}", tensor=name)
-        if tuple(tensor.shape) != expected:
-            raise CheckpointError(
-                "TENSOR_SHAPE", f"tensor {name} has shape {tuple(tensor.shape)}, expected {expected}", tensor=name
-            )
-        for target, owner in self._targets(name):
-            if target is not None:
-                target.copy_(tensor)
-            if owner is not None:
-                owner.rows_loaded(len(tensor))
-        self._missing.discard(name)
+    def target(self, name: str) -> Tensor:
+        """Where a checkpoint tensor is to be written (a slice of a fused weight, or a tensor of its own); see WeightSink."""
+        assert name in self._missing, (
+            f"tensor {name} does not belong to layers {self.layer_range}, or was loaded already"
+        )
+        return self._place(name)[0]
+
+    def loaded(self, name: str) -> None:
+        """A target holds its tensor. A weight that is complete takes the form its products run in."""
+        target, owner = self._place(name)
+        self._missing.remove(name)
+        if owner is not None:
+            owner.rows_loaded(len(target))
 
     def missing(self) -> set[str]:
         """Names of checkpoint tensors that were not loaded yet."""
         return set(self._missing)
 
-    def _targets(self, name: str) -> list[tuple[Tensor | None, Linear | None]]:
-        """Where a checkpoint tensor goes (slices of fused weights; a tied embedding is the head too), and whose rows it fills."""
+    def _place(self, name: str) -> tuple[Tensor, Linear | None]:
+        """Where a checkpoint tensor goes, and the product whose rows it fills."""
         if name == EMBEDDING:
-            targets: list[tuple[Tensor | None, Linear | None]] = []
+            head = self.lm_head if self.config.tie_word_embeddings else None
             if self.embedding is not None:
-                targets.append((self.embedding.data, None))
-            if self.lm_head is not None and self.config.tie_word_embeddings:
-                shared = self.embedding is not None  # filled already
-                targets.append((None if shared else _plain(self.lm_head), self.lm_head))
-            return targets
+                return self.embedding.data, head  # which shares it
+            assert head is not None
+            return _plain(head), head
         if name == FINAL_NORM:
-            return [(self.norm.weight.data, None)]
+            return self.norm.weight.data, None
         if name == LM_HEAD:
             assert self.lm_head is not None
-            return [(_plain(self.lm_head), self.lm_head)]
+            return _plain(self.lm_head), self.lm_head
         _, _, index, rest = name.split(".", 3)
         layer = self.layers[int(index) - self.layer_range.start_layer]
         assert isinstance(layer, DecoderLayer)
@@ -180,7 +174,7 @@ class Qwen2Stage(nn.Module):
         }[module]
         parameter: Tensor = getattr(fused, kind).data
         part = parameter if length is None else parameter[start : start + length]
-        return [(part, fused if kind == "weight" and isinstance(fused, Linear) else None)]
+        return part, fused if kind == "weight" and isinstance(fused, Linear) else None
 
 
 def _plain(linear: Linear) -> Tensor:

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from weights_helpers import TINY, random_tensors, whole, write_gguf
+from weights_helpers import TINY, Collector, random_tensors, whole, write_gguf
 
 from stageline.errors import CheckpointError
 from stages.checkpoint import open_checkpoint
@@ -31,9 +31,9 @@ def arrays(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def load(model: Path, layers: LayerRange, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    loaded: dict[str, torch.Tensor] = {}
-    load_weights(open_checkpoint(str(model)), layers, loaded.__setitem__, dtype=dtype)
-    return loaded
+    checkpoint = open_checkpoint(str(model))
+    load_weights(checkpoint, layers, sink := Collector(checkpoint.config, dtype), dtype=dtype)
+    return sink.tensors
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from weights_helpers import (
     CONFIG_72B,
     TINY,
+    Collector,
     edit_shard,
     pack,
     random_tensors,
@@ -25,20 +27,16 @@ from stageline.errors import CheckpointError
 from stages.checkpoint import open_checkpoint
 from stages.config import ModelConfig
 from stages.partition import EMBEDDING, LM_HEAD, LayerRange, tensor_shapes
-from stages.weights import load_weights
+from stages.weights import load_weights, reading
+from stages.weights.loader import reading_order
 
 CONFIG = ModelConfig.from_dict(TINY)
 
 
 def load(folder: Path, layers: LayerRange, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    loaded: dict[str, torch.Tensor] = {}
-
-    def load_tensor(name: str, tensor: torch.Tensor) -> None:
-        assert name not in loaded
-        loaded[name] = tensor.clone()
-
-    load_weights(open_checkpoint(str(folder)), layers, load_tensor, dtype=dtype)
-    return loaded
+    checkpoint = open_checkpoint(str(folder))
+    load_weights(checkpoint, layers, sink := Collector(checkpoint.config, dtype), dtype=dtype)
+    return sink.tensors
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -77,7 +75,7 @@ def test_progress_and_report_count_bytes_of_the_target_dtype(tmp_path) -> None:
     report = load_weights(
         open_checkpoint(str(tmp_path)),
         layers,
-        lambda name, tensor: None,
+        Collector(CONFIG, torch.float32),
         dtype=torch.float32,
         progress=lambda done, total: calls.append((done, total)),
     )
@@ -92,12 +90,57 @@ def test_progress_and_report_count_bytes_of_the_target_dtype(tmp_path) -> None:
 
 def test_an_error_of_the_model_passes_through(tmp_path) -> None:
     write_single(tmp_path, TINY, random_tensors(CONFIG))
+    refusing = Collector(CONFIG, torch.float32, refuse=MemoryError("no room"))
+    with pytest.raises(MemoryError, match="no room"):
+        load_weights(open_checkpoint(str(tmp_path)), whole(CONFIG), refusing, dtype=torch.float32)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
 
-    def refuse(name: str, tensor: torch.Tensor) -> None:
-        raise MemoryError(name)
 
-    with pytest.raises(MemoryError, match="weight"):
-        load_weights(open_checkpoint(str(tmp_path)), whole(CONFIG), refuse, dtype=torch.float32)
+@pytest.mark.parametrize("readers", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_any_number_of_readers_brings_the_same(tmp_path, dtype, readers, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 96)  # chunks that do not divide the tensors
+    monkeypatch.setattr(reading, "DIRECT_BYTES", 1000)
+    tensors = random_tensors(CONFIG)
+    write_sharded(tmp_path, TINY, tensors, 3)
+    sink = Collector(CONFIG, dtype)
+    load_weights(open_checkpoint(str(tmp_path)), whole(CONFIG), sink, dtype=dtype, num_readers=readers)
+    assert sink.tensors.keys() == tensors.keys()
+    assert all(torch.equal(sink.tensors[name], tensor.to(dtype)) for name, tensor in tensors.items())
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path) -> None:
+    weight_map = write_sharded(tmp_path, TINY, random_tensors(CONFIG), 3)
+    last = tmp_path / weight_map[LM_HEAD]
+
+    class Shrinking(Collector):
+        def target(self, name: str) -> torch.Tensor:
+            with last.open("r+b") as file:
+                file.truncate(last.stat().st_size // 2)
+            return super().target(name)
+
+    with pytest.raises(CheckpointError, match=r"ends at byte \d+, .* goes on to \d+") as error:
+        load_weights(
+            open_checkpoint(str(tmp_path)), whole(CONFIG), Shrinking(CONFIG, torch.bfloat16), dtype=torch.bfloat16
+        )
+    assert (error.value.reason, error.value.metadata["shard"]) == ("SHARD_UNREADABLE", last.name)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
+
+
+def test_stages_that_share_files_begin_at_different_ones(tmp_path) -> None:
+    write_sharded(tmp_path, TINY, random_tensors(CONFIG), 3)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    parts = reading.find_parts(paths, set(tensor_shapes(CONFIG, whole(CONFIG))))
+    assert len(parts) == len(tensor_shapes(CONFIG, whole(CONFIG)))
+    firsts = []
+    for start in range(4):
+        order = reading_order(parts, LayerRange(start, 4), 4)
+        assert {id(part) for part in order} == {id(part) for part in parts}
+        firsts.append(order[0].path)
+        for path in paths:  # forward in every file
+            begins = [part.begin for part in order if part.path == path]
+            assert begins == sorted(begins)
+    assert set(firsts) == set(paths)
 
 
 def test_the_last_stage_of_a_tied_model_reads_the_embedding(tmp_path) -> None:
@@ -126,13 +169,11 @@ def test_a_stage_is_checked_before_its_first_tensor_is_loaded(tmp_path) -> None:
     weight_map = write_sharded(tmp_path, TINY, random_tensors(CONFIG), 3)
     last = tmp_path / weight_map[LM_HEAD]
     last.write_bytes(last.read_bytes()[:-1])
-    names: list[str] = []
+    sink = Collector(CONFIG, torch.float32)
     with pytest.raises(CheckpointError) as error:
-        load_weights(
-            open_checkpoint(str(tmp_path)), whole(CONFIG), lambda name, _: names.append(name), dtype=torch.float32
-        )
+        load_weights(open_checkpoint(str(tmp_path)), whole(CONFIG), sink, dtype=torch.float32)
     assert (error.value.reason, error.value.metadata["shard"]) == ("SHARD_TRUNCATED", last.name)
-    assert not names
+    assert not sink.tensors
 
 
 def only(folder: Path, shards: tuple[str, ...], source: Path) -> Path:

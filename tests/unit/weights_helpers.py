@@ -28,6 +28,27 @@ CONFIG_72B: dict[str, Any] = TINY | {
 }  # fmt: skip
 
 
+class Collector:
+    """Keeps what is loaded; `refuse` raises in its place. Targets are as the model's: contiguous, of the stage's dtype."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, refuse: Exception | None = None) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._shapes = tensor_shapes(config, LayerRange(0, config.num_layers))
+        self._dtype, self._refuse = dtype, refuse
+        self._started: dict[str, torch.Tensor] = {}
+
+    def target(self, name: str) -> torch.Tensor:
+        assert name not in self._started
+        self._started[name] = torch.full(self._shapes[name], float("nan"), dtype=self._dtype)
+        return self._started[name]
+
+    def loaded(self, name: str) -> None:
+        if self._refuse is not None:
+            raise self._refuse
+        assert name not in self.tensors
+        self.tensors[name] = self._started[name]
+
+
 def whole(config: ModelConfig) -> LayerRange:
     return LayerRange(0, config.num_layers)
 
