@@ -1,4 +1,4 @@
-"""Measure a running server (latency, throughput, serving) or this host's transport."""
+"""Measure a running server (latency, throughput, serving), this host's transport, or how fast weights load."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import grpc.aio
 
 from gateway.bench.load import Generator, Shape
+from gateway.bench.loading import loading
 from gateway.bench.measure import Figures, latency, serving, throughput
 from gateway.bench.transport import transport
 from gateway.cli.servers import failure, find
 from stageline.errors import ConfigError
 
-WHAT = ("latency", "throughput", "serving", "transport")
+WHAT = ("latency", "throughput", "serving", "transport", "load")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=100, help="serving: how many")
     parser.add_argument("--rate", type=float, default=1.0, help="serving: requests a second (Poisson)")
     parser.add_argument("--payload-bytes", type=int, default=32 << 20, help="transport: bytes a transfer")
+    parser.add_argument("--model", metavar="FOLDER", help="load: a checkpoint folder in the Hugging Face layout")
+    parser.add_argument("--layers", metavar="START-END", default="", help="load: one stage's; default: the whole model")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="load: what is loaded to")
     parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", choices=["table", "json"], default="table")
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if not getattr(args, name) > 0:
             flag = "--" + name.replace("_", "-")
             raise ConfigError("CONFIG_INVALID", f"{flag} must be over 0, got {getattr(args, name)}", field=flag)
-    address = "" if args.what == "transport" else args.address or find()
+    address = "" if args.what in ("transport", "load") else args.address or find()
     try:
         figures = asyncio.run(_measure(args, address))
     except grpc.aio.AioRpcError as error:
@@ -54,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
 async def _measure(args: argparse.Namespace, address: str) -> Figures:
     if args.what == "transport":
         return await transport(args.payload_bytes, args.repeats)
+    if args.what == "load":
+        return await asyncio.to_thread(loading, args.model, args.layers, args.dtype, args.repeats)
     async with Generator(address, args.seed) as load:
         shape = Shape(args.prompt_tokens, args.new_tokens)
         about = {"model": load.model.name, "prompt_tokens": shape.prompt_tokens, "new_tokens": shape.new_tokens}
