@@ -69,7 +69,9 @@ def scores(runner: StageRunner, ids: list[int]) -> tuple[Tensor, Tensor]:
         device=CPU,
     )
     ids_T = torch.tensor(ids)
-    hidden_TD = runner.model(ids_T, AttentionContext.from_batch(batch, CPU), cache)
+    hidden_TD = runner.model(
+        ids_T, AttentionContext.from_batch(batch, runner.transfers.to_device(batch.attention_arrays)), cache
+    )
     logprobs, best = [], []
     for hidden_RD, next_R in zip(hidden_TD[:-1].split(128), ids_T[1:].split(128), strict=True):
         logits_RV = runner.model.compute_logits(hidden_RD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,16 @@ class StepBatch:
     fresh_blocks: NDArray[np.int64]  # blocks whose first slot is written by this step
     num_decode_rows: int
     output_rows: tuple[int, ...]  # rows whose last token needs logits
+
+    @property
+    def attention_arrays(self) -> tuple[NDArray[Any], ...]:
+        """What attention needs on the device: query starts, context lengths, block tables, positions, slots."""
+        return self.query_starts, self.context_lens, self.block_tables, self.positions, self.slots
+
+    @property
+    def last_tokens(self) -> NDArray[np.int64]:
+        """Index of the last token of each row of `output_rows`: [len(output_rows)]."""
+        return self.query_starts[1:][list(self.output_rows)].astype(np.int64) - 1
 
     @classmethod
     def from_step(cls, step: pb.Step, *, vocab_size: int, num_blocks: int, block_size_tokens: int) -> StepBatch:

@@ -121,7 +121,7 @@ class StageExecutor:
         hidden_TD = None if runner.model.is_first else self._hidden(frame, len(batch.token_ids))
         out = runner.execute(batch, hidden_TD)
         if self._logits is None:
-            return out.cpu()
+            return runner.transfers.to_host(out)()
         self._logits.release(step.released_sequence_ids)
         rows = []
         for index in batch.output_rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from stages.config import ModelConfig
 from stages.kv_cache import KVCache, KVTags
 from stages.models.qwen2 import Qwen2Stage
 from stages.partition import LayerRange, kv_bytes_per_token
+from stages.transfers import transfers_for
 
 
 class StageRunner:
@@ -43,6 +45,7 @@ class StageRunner:
             )
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
         self.block_size_tokens, self.quantization = block_size_tokens, quantization
+        self.transfers = transfers_for(device)
         attention = make_attention(
             device=device, dtype=dtype, block_size_tokens=block_size_tokens, batch_invariant=batch_invariant
         )
@@ -114,16 +117,14 @@ class StageRunner:
         if self._tags is not None:
             self._tags.write(batch)
             self._tags.check(batch)
-        if len(batch.fresh_blocks):
-            self._kv.clear(torch.from_numpy(batch.fresh_blocks).to(self.device))
-        context = AttentionContext.from_batch(batch, self.device)
-        if hidden_TD is None:
-            assert self.model.is_first
-            input_T = torch.from_numpy(batch.token_ids).to(self.device, torch.int64)
-        else:
-            input_T = hidden_TD.to(self.device)
-        hidden_TD = self.model(input_T, context, self._kv)
+        assert (hidden_TD is None) == self.model.is_first
+        given: np.ndarray | Tensor = batch.token_ids.astype(np.int64) if hidden_TD is None else hidden_TD
+        fresh, last_tokens, input_T, *arrays = self.transfers.to_device(
+            (batch.fresh_blocks, batch.last_tokens, given, *batch.attention_arrays)
+        )
+        if len(fresh):
+            self._kv.clear(fresh)
+        hidden_TD = self.model(input_T, AttentionContext.from_batch(batch, arrays), self._kv)
         if not self.model.is_last:
             return hidden_TD.contiguous()
-        last_tokens = batch.query_starts[1:][list(batch.output_rows)] - 1
-        return self.model.compute_logits(hidden_TD.index_select(0, torch.from_numpy(last_tokens).to(self.device)))
+        return self.model.compute_logits(hidden_TD.index_select(0, last_tokens))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,21 +32,18 @@ class AttentionContext:
     per_step: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_batch(cls, batch: StepBatch, device: torch.device) -> AttentionContext:
-        """Copy a decoded step's arrays to the device."""
-
-        def put(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
+    def from_batch(cls, batch: StepBatch, arrays: Sequence[Tensor]) -> AttentionContext:
+        """`arrays` are the batch's `attention_arrays`, on the device."""
+        starts, lens, tables, positions, slots = arrays
         return cls(
             num_decode_rows=batch.num_decode_rows,
             query_lens=tuple(batch.query_lens.tolist()),
             context_lens=tuple(batch.context_lens.tolist()),
-            query_starts_R1=put(batch.query_starts),
-            context_lens_R=put(batch.context_lens),
-            block_tables_RM=put(batch.block_tables),
-            positions_T=put(batch.positions),
-            slots_T=put(batch.slots),
+            query_starts_R1=starts,
+            context_lens_R=lens,
+            block_tables_RM=tables,
+            positions_T=positions,
+            slots_T=slots,
         )
 
 

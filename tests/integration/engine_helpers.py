@@ -23,6 +23,7 @@ from gateway.types import ChoiceDelta, FinishReason, GenerateRequest, ModelInfo,
 from stages.executor import StageExecutor
 from stages.partition import LayerRange
 from stages.server.server import StageServer
+from stages.transfers import NoTransfers
 
 VOCAB_SIZE = 257
 EOS = 256
@@ -67,6 +68,7 @@ class ToyRunner:
     block_size_tokens = BLOCK_TOKENS
     attention_report = "toy"
     quantization = None
+    transfers = NoTransfers()
 
     def __init__(
         self,
