@@ -31,6 +31,8 @@ OPTIONS = (
     # Find dead clients behind silent networks: their sequences hold KV blocks.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # While a ping of gRPC's own is out (it measures bandwidth) there is no keepalive: that ping must time out as well.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Clients may ping as often as every 10 s, streaming or idle.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
