@@ -1,0 +1,58 @@
+"""The audit log: one line of JSON for each call at a door, also for those that were turned away."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import logging.handlers
+
+from gateway.access.visit import Visit
+from stageline.errors import ConfigError, StagelineError
+
+logger = logging.getLogger("stageline.audit")
+
+
+class Audit:
+    """Writes to `file`, which may be moved away for rotation, or to the log `stageline.audit`."""
+
+    def __init__(self, file: str | None = None, *, prompts: bool = False) -> None:
+        """`prompts`: lines hold the texts of prompts too. Raises ConfigError where the file cannot be written."""
+        self.prompts = prompts
+        self._log = logger
+        if file is not None:
+            try:
+                handler = logging.handlers.WatchedFileHandler(file, encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(
+                    "AUDIT_FILE_NOT_WRITABLE",
+                    f"security.audit_file {file}: {error.strerror}",
+                    field="security.audit_file",
+                ) from None
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            self._log = logging.Logger("stageline.audit.file", logging.INFO)  # nobody else's
+            self._log.addHandler(handler)
+
+    def record(
+        self, *, door: str, method: str, peer: str, request_id: str, status: str, duration_s: float,
+        visit: Visit | None = None, error: StagelineError | None = None,
+    ) -> None:  # fmt: skip
+        """One call; `visit` is None where nobody is known to have made it. `status`: gRPC's code or HTTP's."""
+        error = error or (visit.error if visit is not None else None)
+        line: dict[str, object] = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            "request_id": request_id,
+            "door": door,
+            "method": method,
+            "peer": peer,
+            "tenant": visit.account.tenant if visit is not None else None,
+            "key_id": visit.key_id if visit is not None else None,
+            "status": status,
+            "reason": error.reason if error is not None else "",
+            "prompt_tokens": visit.num_prompt_tokens if visit is not None else 0,
+            "completion_tokens": visit.num_completion_tokens if visit is not None else 0,
+            "duration_s": round(duration_s, 6),
+        }
+        if visit is not None and visit.prompts is not None:
+            line["prompts"] = visit.prompts
+        self._log.info(json.dumps(line))
