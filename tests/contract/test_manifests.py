@@ -22,7 +22,8 @@ from gateway.planner.split import resolve_layers
 
 DEFAULT = ("plan", "--model", "qwen2-72b", "--gpu", "a100-80g:4", "--output", "k8s")
 # What a user makes before the first apply, as k8s/README.md says: (Secret, key).
-SECRETS = {("stageline-redis", "password"), ("stageline-ray-auth", "auth_token"), ("stageline-hub", "token")}
+SECRETS = {("stageline-redis", "password"), ("stageline-ray-auth", "auth_token"), ("stageline-hub", "token"),
+           ("stageline-stages", "token")}  # fmt: skip
 OWNED_BY_KUBERAY = re.compile(r"app\.kubernetes\.io/(name|created-by)|ray\.io/.*")
 
 
@@ -229,6 +230,10 @@ def test_what_is_referred_to_exists(manifests) -> None:
         if isinstance(value, dict):
             if "secretKeyRef" in value:
                 secrets.add((value["secretKeyRef"]["name"], value["secretKeyRef"]["key"]))
+            if "secretName" in value and "defaultMode" in value:  # a volume
+                assert value["defaultMode"] == 0o440
+                if not value.get("optional"):
+                    secrets.add((value["secretName"], "token"))
             if "configMapRef" in value:
                 assert ("ConfigMap", value["configMapRef"]["name"]) in names
             if "claimName" in value:

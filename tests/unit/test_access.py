@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import stat
+import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +19,7 @@ from gateway.access.limits import Bucket
 from gateway.cli import main
 from gateway.config import load
 from stageline.errors import ConfigError, UnauthenticatedError
+from stages.server.access import StageAccess
 
 NOW = datetime.datetime(2026, 11, 23, tzinfo=datetime.UTC)
 
@@ -119,3 +123,20 @@ def test_the_configuration_holds_names_of_files_and_no_secret(tmp_path, capsys, 
     with pytest.raises(ConfigError) as caught:
         load(None, {"security.token": "hunter2"}, {})
     assert "hunter2" not in caught.value.message
+
+
+def test_the_documented_commands_make_files_that_serve(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    script, settings = re.search(r"## Certificates.*?```bash\n(.*?)```\n```yaml\n(.*?)```", page, re.DOTALL).groups()
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "config.yaml").write_text(settings)
+    security = load(str(tmp_path / "config.yaml"), {}, {}).security
+    here = {
+        name: str(tmp_path / value) for name, value in security.model_dump().items() if name.endswith("_file") and value
+    }
+    security = security.model_copy(update=here)
+    assert security.door_tls() is not None
+    assert StageAccess(**security.stage_files()).metadata()
+    example = re.search(r"```yaml\n(tenants:.*?)```", page, re.DOTALL)[1]
+    example = example.replace("9d5e…", "9d" * 32).replace("[…]", "[]")
+    assert keys.parse([example.encode()]).tenants["search"].concurrent_sequences == 32
