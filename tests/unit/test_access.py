@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import re
 import stat
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.access import keys
+from gateway.access import audit, keys
 from gateway.access.keys import Tenant, Tenants, digest, new_key
 from gateway.access.limits import Bucket
+from gateway.access.visit import Account, Visit
 from gateway.cli import main
 from gateway.config import load
 from stageline.errors import ConfigError, UnauthenticatedError
@@ -70,6 +72,22 @@ def test_a_key_is_known_by_its_hash_until_it_expires():
     with pytest.raises(ConfigError, match="two keys"):
         Tenants({"red": Tenant(keys=(stored,)), "blue": Tenant(keys=(stored,))})
     assert keys.parse([keys.dump(tenants.tenants).encode()]).tenants == tenants.tenants
+
+
+def test_strangers_cannot_fill_the_audit_log_and_tenants_lose_no_line(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(audit.time, "monotonic", lambda: clock[0])
+    log = audit.Audit(str(tmp_path / "audit.jsonl"))
+    known = Visit(Account.opened("red", Tenant()))
+    call = {"door": "grpc", "method": "/m", "peer": "p", "request_id": "r", "status": "OK", "duration_s": 0.0}
+    for visit in (None, known):
+        for _ in range(1000):
+            log.record(**call, visit=visit)
+    clock[0] += 1
+    log.record(**call)
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [line["tenant"] for line in lines] == [None] * 600 + ["red"] * 1000 + [None]
+    assert [line.get("not_recorded") for line in lines] == [None] * 1600 + [400]
 
 
 def test_the_commands_make_list_and_revoke(tmp_path, capsys):
