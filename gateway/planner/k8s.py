@@ -182,6 +182,7 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
         "models_mount": MODELS_MOUNT,
         "stages_mount": STAGES_MOUNT,
         "door_mount": DOOR_MOUNT,
+        "door_tls": deployment.config.security.certificate_file is not None,
         "model_folder": f"{MODELS_MOUNT}/{name}",
         "revision": deployment.config.model.revision or "main",
         "args": yaml.safe_dump(args, sort_keys=False, default_flow_style=False, width=1000).rstrip(),

@@ -355,6 +355,17 @@ def test_every_field_reaches_the_application_or_is_refused(tmp_path: Path, capsy
     assert seen >= 10
 
 
+def test_the_service_says_whether_the_door_speaks_tls(manifests, tmp_path: Path) -> None:
+    files = (
+        "--security.certificate-file",
+        "/etc/stageline/door/tls.crt",
+        "--security.key-file",
+        "/etc/stageline/door/tls.key",
+    )
+    for objects, protocol in ((manifests, "kubernetes.io/h2c"), (planned(tmp_path, *files), "https")):
+        assert find(objects, "Service", "stageline-gateway")["spec"]["ports"][0]["appProtocol"] == protocol
+
+
 def test_a_plan_that_does_not_fit_has_no_manifests(capsys) -> None:
     args = ["plan", "--model", "qwen2-72b", "--gpu", "l4-24g:4", "--output", "k8s"]
     assert main(args) == 1
