@@ -16,6 +16,7 @@ from ray import serve
 
 from gateway import config as configuration
 from gateway import replica_feed
+from gateway.access import Audit, Doorkeeper
 from gateway.api.grpc.server import serve_grpc
 from gateway.api.http.app import create_http_app
 from gateway.api.service import Frontend
@@ -26,6 +27,7 @@ from gateway.planner.split import resolve_layers
 from gateway.serve_adapter import log_to_stderr, stage_application
 from stageline.errors import ConfigError
 from stages.checkpoint import open_checkpoint
+from stages.server.access import StageAccess
 
 logger = logging.getLogger("stageline.gateway")
 
@@ -66,6 +68,7 @@ def application(config: configuration.Config) -> serve.Application:
     if os.path.exists(config.model.path):
         absolute = {"path": os.path.abspath(config.model.path)}
         config = config.model_copy(update={"model": config.model.model_copy(update=absolute)})
+    config = config.model_copy(update={"security": config.security.absolute()})
     checkpoint = open_checkpoint(config.model.path, revision=config.model.revision)
     ranges = resolve_layers(checkpoint.config, config.stages.count, config.stages.layers)
     stages = [
@@ -113,6 +116,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "num_threads": threads,
         "host": config.stages.host,
         "stall_timeout_s": 2 * config.pipelines.stall_timeout_s,
+        **config.security.stage_files(),
     }
 
 
@@ -132,6 +136,9 @@ class Gateway:
         global _frontend
         log_to_stderr()
         parsed = configuration.Config.model_validate(config)
+        security = parsed.security
+        tls = security.door_tls()
+        doorkeeper = Doorkeeper(security.keys_file, Audit(security.audit_file, prompts=security.audit_prompts))
         model, tokenizer, template = await asyncio.to_thread(load_model, parsed)
         registry = Registry()
         loop = asyncio.get_running_loop()
@@ -153,14 +160,17 @@ class Gateway:
             prefix_caching=parsed.kv_cache.prefix_caching,
             lease_s=parsed.pipelines.lease_s,
             stall_timeout_s=parsed.pipelines.stall_timeout_s,
+            stage_access=StageAccess(**security.stage_files()),
         )
         self._drain_s = parsed.server.drain_timeout_s
         self._engine = Engine(
             model=model, tokenizer=tokenizer, registry=registry, settings=settings, fingerprint=model.fingerprint
         )
         await self._engine.start()
-        _frontend = Frontend(self._engine, tokenizer, template, model)
-        self._grpc = await serve_grpc(_frontend, parsed.server.host, parsed.server.grpc_port)
+        _frontend = Frontend(self._engine, tokenizer, template, model, doorkeeper)
+        self._grpc = await serve_grpc(
+            _frontend, parsed.server.host, parsed.server.grpc_port, tls=tls, with_reflection=security.reflection
+        )
 
     async def __del__(self) -> None:
         if hasattr(self, "_grpc"):

@@ -6,6 +6,7 @@ on the command line, `STAGELINE_KV_CACHE__BLOCK_SIZE_TOKENS` in the environment.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stageline.errors import ConfigError
+from stages.tls import TlsFiles, tls_files
 
 ENV_PREFIX = "STAGELINE_"
 
@@ -104,6 +106,55 @@ class ServerSection(_Section):
     drain_timeout_s: float = Field(20.0, ge=0, description="seconds running requests get when the gateway stops")
 
 
+class SecuritySection(_Section):
+    """Who may call the doors and the stages. Names of files only: what is secret stands in no configuration."""
+
+    certificate_file: str | None = Field(None, description="PEM certificate chain of the gateway: TLS at the gRPC door")
+    key_file: str | None = Field(None, description="its private key, PEM")
+    client_ca_file: str | None = Field(
+        None, description="clients of the gRPC door need a certificate of this authority"
+    )
+    keys_file: str | None = Field(
+        None, description="tenants with their API keys' hashes and limits; unset: open to all"
+    )
+    reflection: bool = Field(True, description="gRPC reflection (with keys: for those who have one)")
+    audit_file: str | None = Field(None, description="JSON lines, one for each call; default: the log stageline.audit")
+    audit_prompts: bool = Field(False, description="the audit log holds the texts of prompts")
+    stage_certificate_file: str | None = Field(
+        None, description="PEM certificate chain of stages and gateway among each other: mutual TLS"
+    )
+    stage_key_file: str | None = Field(None, description="its private key, PEM")
+    stage_ca_file: str | None = Field(None, description="the authority of all stages and gateways, PEM")
+    stage_server_name: str | None = Field(
+        None, description="name in the stages' certificates; default: the address each listens on"
+    )
+    stage_token_file: str | None = Field(
+        None, description="tokens of stages and gateway, one a line: the first is sent, every one accepted"
+    )
+
+    def absolute(self) -> SecuritySection:
+        """With paths that mean the same in processes that run elsewhere."""
+        names = [name for name in type(self).model_fields if name.endswith("_file") and getattr(self, name)]
+        return self.model_copy(update={name: os.path.abspath(getattr(self, name)) for name in names})
+
+    def door_tls(self) -> TlsFiles | None:
+        """Of the gRPC door. Raises ConfigError for files that cannot be used."""
+        return tls_files(
+            self.certificate_file, self.key_file, self.client_ca_file,
+            names="security.certificate_file, security.key_file",
+        )  # fmt: skip
+
+    def stage_files(self) -> dict[str, str | None]:
+        """As `StageAccess` and `StageSpec` call them."""
+        return {
+            "certificate_file": self.stage_certificate_file,
+            "key_file": self.stage_key_file,
+            "ca_file": self.stage_ca_file,
+            "server_name": self.stage_server_name,
+            "token_file": self.stage_token_file,
+        }
+
+
 class Config(_Section):
     """The whole configuration."""
 
@@ -113,6 +164,7 @@ class Config(_Section):
     scheduler: SchedulerSection = SchedulerSection()
     pipelines: PipelinesSection = PipelinesSection()
     server: ServerSection = ServerSection()
+    security: SecuritySection = SecuritySection()
 
     def block_size_tokens(self) -> int:
         """Tokens of a KV block: as configured, else 16, and 256 on CUDA (FlashAttention-2's paged KV)."""

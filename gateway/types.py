@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gateway.grammar import CompiledGrammar
 
+MAX_PRIORITY = 100
+"""Of a request, either way."""
+
 
 def to_float32(number: float) -> float:
     """The nearest float32; infinite beyond the largest, 0 below the smallest."""

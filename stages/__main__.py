@@ -35,6 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-memory-bytes", type=int, help="bytes of the KV cache; default 1 GiB on the CPU")
     parser.add_argument("--num-blocks", type=int, help="KV blocks, instead of --kv-memory-bytes")
     parser.add_argument("--num-threads", type=int, help="CPU threads")
+    parser.add_argument("--certificate-file", metavar="PEM", help="this process's certificate chain: mutual TLS")
+    parser.add_argument("--key-file", metavar="PEM", help="its private key")
+    parser.add_argument("--ca-file", metavar="PEM", help="the authority that signs all stages and gateways")
+    parser.add_argument("--server-name", help="name in the stages' certificates, instead of their addresses")
+    parser.add_argument("--token-file", metavar="FILE", help="tokens, one a line: the first is sent, all are accepted")
     return parser
 
 

@@ -17,8 +17,9 @@ from stages.checkpoint import open_checkpoint
 from stages.executor import StageExecutor
 from stages.partition import LayerRange
 from stages.runner import StageRunner
+from stages.server.access import StageAccess
 from stages.server.server import Listener, StageServer
-from stages.spec import StageSpec
+from stages.spec import ACCESS_FIELDS, StageSpec
 from stages.weights import load_weights
 
 __all__ = ["StageReplica", "StageSpec"]
@@ -46,7 +47,8 @@ class StageReplica:
     async def start(self) -> None:
         """Load the weights and listen. Raises CheckpointError or ConfigError."""
         spec = self.spec
-        listener = Listener(spec.host, spec.port)
+        access = StageAccess(**{name: getattr(spec, name) for name in ACCESS_FIELDS})
+        listener = Listener(spec.host, spec.port, access)
         executor, fingerprint, capacity = await asyncio.to_thread(self._load)
         self._server = StageServer(
             executor, fingerprint=fingerprint, kv_capacity_blocks=capacity, queue_depth_steps=spec.queue_depth_steps

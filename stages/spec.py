@@ -22,6 +22,7 @@ _INTEGERS = (
     ("port", 0, 65535),
     ("queue_depth_steps", 1, 1 << 16),
 )
+ACCESS_FIELDS = ("certificate_file", "key_file", "ca_file", "server_name", "token_file")  # of StageAccess
 _OPTIONAL = ("kv_memory_bytes", "num_blocks", "num_threads")
 
 
@@ -31,7 +32,8 @@ class StageSpec:
 
     Raises ConfigError where a value cannot be right on any machine; what depends on the machine or the checkpoint is
     checked when the stage starts. After `stall_timeout_s` in one step a replica reports itself unhealthy, so that it is
-    replaced; the gateway gives up on it earlier (pipelines.stall_timeout_s).
+    replaced; the gateway gives up on it earlier (pipelines.stall_timeout_s). `stages.server.access.StageAccess` says what the
+    files are.
     """
 
     model: str
@@ -51,12 +53,19 @@ class StageSpec:
     revision: str | None = None
     queue_depth_steps: int = 8
     stall_timeout_s: float = 120.0
+    certificate_file: str | None = None
+    key_file: str | None = None
+    ca_file: str | None = None
+    server_name: str | None = None
+    token_file: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "host"):
             value = getattr(self, name)
             self._check(name, isinstance(value, str) and value.strip() != "", "text that is not empty")
-        self._check("revision", self.revision is None or isinstance(self.revision, str), "text")
+        for name in ("revision", *ACCESS_FIELDS):
+            value = getattr(self, name)
+            self._check(name, value is None or isinstance(value, str), "text")
         self._check("dtype", self.dtype in DTYPE_NAMES, f"one of {', '.join(DTYPE_NAMES)}")
         self._check("device", self.device in DEVICES, f"one of {', '.join(DEVICES)}")
         fits = self.quantization is None or self.quantization in QUANTIZATIONS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from gateway.access import visit as visits
 from gateway.api.request_id import current
 from stageline.errors import InternalError, StagelineError
 
@@ -11,9 +12,15 @@ logger = logging.getLogger("stageline.gateway")
 
 
 def as_typed(error: Exception, *, where: str) -> StagelineError:
-    """A typed error as it is; any other becomes InternalError, with its traceback in the log and not in the answer."""
-    if isinstance(error, StagelineError):
-        return error
+    """A typed error as it is; any other becomes InternalError, with its traceback in the log and not in the answer.
+    The audit log names it."""
+    typed = error if isinstance(error, StagelineError) else _internal(error, where)
+    if (visit := visits.current.get()) is not None:
+        visit.error = typed
+    return typed
+
+
+def _internal(error: Exception, where: str) -> InternalError:
     name = current.get()
     logger.error("request %s: %s failed", name, where, exc_info=error)
     return InternalError(

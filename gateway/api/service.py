@@ -10,6 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
+from gateway.access import Doorkeeper
+from gateway.access import visit as visits
 from gateway.api.checks import check_token_ids
 from gateway.api.collect import Answer, collect
 from gateway.api.post import PostProcessor
@@ -72,15 +74,22 @@ class Frontend:
     """Everything a door calls. Lives on the engine's event loop."""
 
     def __init__(
-        self, engine: EngineLike, tokenizer: Tokenizer, chat_template: ChatTemplate | None, model: ModelInfo
+        self,
+        engine: EngineLike,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        model: ModelInfo,
+        doorkeeper: Doorkeeper | None = None,
     ) -> None:
+        """Without a `doorkeeper` everybody is one tenant."""
+        self.doorkeeper = doorkeeper or Doorkeeper()
         self.engine, self.tokenizer, self.chat_template, self.model = engine, tokenizer, chat_template, model
         self.started_s = int(time.time())
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, end_token_ids(model))
 
     async def accept(self, raw: RawRequest) -> Accepted:
-        """Check, tokenize, compile the grammar. Raises what `check_served`, `with_tool_choice`, `encode`, `validate` and
-        `GrammarCompiler.compile` raise."""
+        """Check, tokenize, put the tenant's name on it, compile the grammar. Raises what `check_served`, `with_tool_choice`, `encode`, `validate`,
+        `Visit.admit` and `GrammarCompiler.compile` raise."""
         check_served(raw, self.model)
         assert raw.prompt is not None
         raw, parse_tools = with_tool_choice(
@@ -91,6 +100,10 @@ class Frontend:
         ranked = raw.best_of is not None and raw.best_of > (raw.num_choices or 1)
         show_logprobs = raw.num_logprobs is not None
         request = validate(replace(raw, num_logprobs=0) if ranked and not show_logprobs else raw, token_ids, self.model)
+        if (visit := visits.current.get()) is not None:
+            request = visit.admit(request)
+            if visit.prompts is not None:
+                visit.prompts.append(text or self.tokenizer.decode(token_ids, skip_special_tokens=False))
         if raw.constraint is not None:
             request = replace(request, grammar=await self._grammars.compile(raw.constraint))
         return Accepted(
@@ -131,11 +144,14 @@ class Frontend:
         request = accepted.request
         if request.resume_token_ids:
             post.resume(request.first_choice, self._text_so_far(request))
+        visit = visits.current.get()
         started_s, num_tokens, outcome = time.monotonic(), 0, "cancelled"
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
                     num_tokens += len(delta.token_ids)
+                    if visit is not None:
+                        visit.charge(len(delta.token_ids))
                     yield post.apply(delta)
             outcome = "done"
         except Exception as error:

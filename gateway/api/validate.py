@@ -11,7 +11,7 @@ from typing import Any
 from gateway.api.checks import check_token_ids, count_at_most, fail, real, shown_name, whole
 from gateway.api.raw import RawRequest, RawResume
 from gateway.api.request_id import check_request_id, new_request_id
-from gateway.types import GenerateRequest, ModelInfo, SamplingParams
+from gateway.types import MAX_PRIORITY, GenerateRequest, ModelInfo, SamplingParams
 from stageline.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError
 
 MAX_CHOICES = 128
@@ -33,12 +33,14 @@ def check_served(raw: RawRequest, model: ModelInfo) -> None:
             "MODEL_NOT_FOUND", f"model {raw.model!r} is not served here; this server has {model.name!r}",
             field=shown_name(raw, "model"), model=raw.model, served=model.name,
         )  # fmt: skip
-    for name, value, idle in (("num_prompt_logprobs", raw.num_prompt_logprobs, None), ("priority", raw.priority, 0)):
-        if value is not None and value != idle:
-            shown = shown_name(raw, name)
-            raise UnimplementedError(
-                "PARAMETER_NOT_SERVED", f"{shown} is not served yet; leave it out", field=shown, value=value
-            )
+    if raw.num_prompt_logprobs is not None:
+        shown = shown_name(raw, "num_prompt_logprobs")
+        raise UnimplementedError(
+            "PARAMETER_NOT_SERVED",
+            f"{shown} is not served yet; leave it out",
+            field=shown,
+            value=raw.num_prompt_logprobs,
+        )
     if raw.echo and raw.num_logprobs is not None:
         shown = shown_name(raw, "echo")
         raise UnimplementedError(
@@ -77,6 +79,7 @@ def validate(raw: RawRequest, prompt_token_ids: tuple[int, ...], model: ModelInf
         num_choices=generated,
         first_choice=0 if resume is None else resume.choice_index,
         resume_token_ids=() if resume is None else tuple(resume.token_ids),
+        priority=whole(raw, "priority", raw.priority, 0, low=-MAX_PRIORITY, high=MAX_PRIORITY),
         deadline_s=raw.deadline_s,
     )
 

@@ -50,15 +50,31 @@ class Outcome:
 class Generator:
     """Sends greedy requests with random prompts, which no prefix cache knows."""
 
-    def __init__(self, address: str, seed: int) -> None:
-        self._channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(NUM_CHANNELS)]
+    def __init__(
+        self,
+        address: str,
+        seed: int,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, int | str]] = (),
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """`credentials` and `options` are the channels' (plain text without), `metadata` every call's."""
+        options = (*options, *OPTIONS)
+        self._channels = [
+            grpc.aio.insecure_channel(address, options=options)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options=options)
+            for _ in range(NUM_CHANNELS)
+        ]
+        self._metadata = metadata
         self._stubs = [InferenceServiceStub(channel) for channel in self._channels]
         self._random = random.Random(seed)
         self._sent = 0
         self.model = pb.GetModelResponse()
 
     async def __aenter__(self) -> Generator:
-        self.model = await self._stubs[0].GetModel(pb.GetModelRequest(), timeout=10)
+        self.model = await self._stubs[0].GetModel(pb.GetModelRequest(), timeout=10, metadata=self._metadata)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -85,7 +101,7 @@ class Generator:
         )
         outcome.sent_s = time.perf_counter()
         try:
-            async for response in stub.StreamGenerate(request):
+            async for response in stub.StreamGenerate(request, metadata=self._metadata):
                 for delta in response.choices:
                     outcome.token_s += [time.perf_counter()] * len(delta.token_ids)
         except grpc.aio.AioRpcError as error:

@@ -15,7 +15,8 @@ from gateway.bench.load import Generator, Shape
 from gateway.bench.loading import loading
 from gateway.bench.measure import Figures, latency, serving, throughput
 from gateway.bench.transport import transport
-from gateway.cli.servers import failure, find
+from gateway.cli.connection import Connection, add_connection_arguments, connection_from
+from gateway.cli.servers import failure
 from stageline.errors import ConfigError
 
 WHAT = ("latency", "throughput", "serving", "transport", "load")
@@ -24,7 +25,7 @@ WHAT = ("latency", "throughput", "serving", "transport", "load")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `stageline bench`."""
     parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--address", metavar="HOST:GRPC_PORT", help="default: the server running on this host")
+    add_connection_arguments(parser)
     parser.add_argument("--prompt-tokens", type=int, default=128, help="serving: the longest prompt")
     parser.add_argument("--new-tokens", type=int, default=64, help="serving: the longest answer")
     parser.add_argument("--streams", type=int, default=16, help="throughput: requests at a time")
@@ -45,22 +46,27 @@ def run(args: argparse.Namespace) -> int:
         if not getattr(args, name) > 0:
             flag = "--" + name.replace("_", "-")
             raise ConfigError("CONFIG_INVALID", f"{flag} must be over 0, got {getattr(args, name)}", field=flag)
-    address = "" if args.what in ("transport", "load") else args.address or find()
+    connection = Connection("") if args.what in ("transport", "load") else connection_from(args)
     try:
-        figures = asyncio.run(_measure(args, address))
+        figures = asyncio.run(_measure(args, connection))
     except grpc.aio.AioRpcError as error:
-        raise failure(error, address) from None
+        raise failure(error, connection.address) from None
     report = {"what": args.what, **figures, "hardware": f"{os.cpu_count()} cores, {platform.machine()}"}
     print(json.dumps(report, indent=2) if args.output == "json" else table(report))
     return 0
 
 
-async def _measure(args: argparse.Namespace, address: str) -> Figures:
+async def _measure(args: argparse.Namespace, connection: Connection) -> Figures:
     if args.what == "transport":
         return await transport(args.payload_bytes, args.repeats)
     if args.what == "load":
         return await asyncio.to_thread(loading, args.model, args.layers, args.dtype, args.repeats)
-    async with Generator(address, args.seed) as load:
+    how: dict[str, Any] = {
+        "credentials": connection.credentials,
+        "options": connection.options,
+        "metadata": connection.metadata,
+    }
+    async with Generator(connection.address, args.seed, **how) as load:
         shape = Shape(args.prompt_tokens, args.new_tokens)
         about = {"model": load.model.name, "prompt_tokens": shape.prompt_tokens, "new_tokens": shape.new_tokens}
         if args.what == "latency":

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import grpc
 
-from gateway.cli.servers import failure, find
+from gateway.cli.connection import Connection, add_connection_arguments, connection_from
+from gateway.cli.servers import failure
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
@@ -18,7 +19,7 @@ EXIT = "/exit"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `stageline chat`."""
-    parser.add_argument("--address", metavar="HOST:GRPC_PORT", help="default: the server running on this host")
+    add_connection_arguments(parser)
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max-tokens", type=int, help="tokens of one answer at most; default: what the context holds")
     parser.add_argument("--temperature", type=float, help="default: the model's")
@@ -27,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read turns from stdin; the conversation is kept on this side. Exits 130 after Ctrl-C, as shells expect."""
     messages = [gen.Message(role="system", content=args.system)] if args.system else []
-    address = args.address or find()
-    with grpc.insecure_channel(address) as channel:
+    connection = connection_from(args)
+    with connection.channel() as channel:
         stub = pb_grpc.InferenceServiceStub(channel)
         try:
             for line in _turns():
@@ -38,23 +39,25 @@ def run(args: argparse.Namespace) -> int:
                     sampling=gen.SamplingParams(temperature=args.temperature),
                     stop=gen.StopConditions(max_tokens=args.max_tokens),
                 )
-                messages.append(gen.Message(role="assistant", content=_answer(stub, generation, address)))
+                messages.append(gen.Message(role="assistant", content=_answer(stub, generation, connection)))
         except KeyboardInterrupt:
             print(flush=True)
             return 130
     return 0
 
 
-def _answer(stub: pb_grpc.InferenceServiceStub, generation: gen.Generation, address: str) -> str:
+def _answer(stub: pb_grpc.InferenceServiceStub, generation: gen.Generation, connection: Connection) -> str:
     """Print the answer as it comes; returns it whole."""
     pieces = []
     try:
-        for response in stub.StreamGenerate(pb.StreamGenerateRequest(generation=generation)):
+        for response in stub.StreamGenerate(
+            pb.StreamGenerateRequest(generation=generation), metadata=connection.metadata
+        ):
             for delta in response.choices:
                 pieces.append(delta.text)
                 print(delta.text, end="", flush=True)
     except grpc.RpcError as error:
-        raise failure(error, address) from None
+        raise failure(error, connection.address) from None
     finally:
         print(flush=True)
     return "".join(pieces)

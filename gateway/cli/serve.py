@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import http
+import http.client
 import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
 from types import FrameType
 from typing import Any
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
+from gateway.access import Audit, Doorkeeper
 from gateway.cli.options import add_config_arguments, config_from
 from gateway.cli.progress import Loads, Progress
-from gateway.cli.servers import register
+from gateway.cli.servers import new_stage_token, register
 from gateway.config import Config
 from gateway.model import load_model
 from gateway.planner.split import resolve_layers
 from stageline.errors import CheckpointError, ConfigError, InternalError, UnavailableError
 from stages.checkpoint import open_checkpoint
+from stages.server.access import StageAccess
 
 _APPLICATION = "stageline"
-_READY = "stageline.inference.v1.InferenceService"
 
 
 class _Stop(BaseException):
@@ -43,17 +44,21 @@ def run(args: argparse.Namespace) -> int:
     config = _complete(config_from(args))
     stdout = _keep_stdout()
     _handle_signals(_on_signal)
-    record = None
+    record = token = None
     try:
+        if not config.security.stage_certificate_file and not config.security.stage_token_file:
+            token = new_stage_token()  # the stages of this host are for this server alone
+            security = config.security.model_copy(update={"stage_token_file": str(token)})
+            config = config.model_copy(update={"security": security})
         _start_ray(config)
         with Progress(_loads) as progress:
             _deploy(config)
             progress.wait_for("a pipeline")
             _wait_ready(config)
-        host = config.server.host
+        host, secure = config.server.host, "s" if config.security.certificate_file else ""
         record = register(f"{host}:{config.server.grpc_port}")
         print(
-            f"ready http://{host}:{config.server.http_port} grpc://{host}:{config.server.grpc_port}",
+            f"ready http{secure}://{host}:{config.server.http_port} grpc{secure}://{host}:{config.server.grpc_port}",
             file=stdout,
             flush=True,
         )
@@ -64,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     finally:
         _handle_signals(signal.SIG_IGN)
-        if record is not None:
-            record.unlink(missing_ok=True)
+        for file in (record, token):
+            if file is not None:
+                file.unlink(missing_ok=True)
         _shut_down()
 
 
@@ -107,6 +113,9 @@ def _complete(config: Config) -> Config:
                 **{**error.metadata, "stage": index},
             ) from None
     load_model(config)
+    config.security.door_tls()
+    Doorkeeper(config.security.keys_file, Audit(config.security.audit_file))
+    StageAccess(**config.security.stage_files())
     server = {
         "grpc_port": _free_port(config.server.host, config.server.grpc_port, "server.grpc_port"),
         "http_port": _free_port(config.server.host, config.server.http_port, "server.http_port"),
@@ -123,6 +132,7 @@ def _complete(config: Config) -> Config:
             "model": config.model.model_copy(update={"path": path, "name": name}),
             "server": config.server.model_copy(update=server),
             "stages": config.stages.model_copy(update={"host": config.stages.host or "127.0.0.1"}),
+            "security": config.security.absolute(),
         }
     )
 
@@ -158,7 +168,13 @@ def _start_ray(config: Config) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
     _handle_signals(_on_signal)  # ray.init installs its own
-    serve.start(http_options={"host": config.server.host, "port": config.server.http_port})
+    http_options: dict[str, Any] = {"host": config.server.host, "port": config.server.http_port}
+    if config.security.certificate_file:
+        http_options["ssl_certfile"], http_options["ssl_keyfile"] = (
+            config.security.certificate_file,
+            config.security.key_file,
+        )
+    serve.start(http_options=http_options)
 
 
 def _deploy(config: Config) -> None:
@@ -195,20 +211,28 @@ def _first_problem() -> str:
 def _wait_ready(config: Config) -> None:
     """Return when a canary has gone through every stage. Raises UnavailableError after `ready_timeout_s`."""
     deadline = time.monotonic() + config.server.ready_timeout_s
-    address = f"{config.server.host}:{config.server.grpc_port}"
-    with grpc.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        while time.monotonic() < deadline:
-            try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(service=_READY), timeout=5)
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            except grpc.RpcError:
-                pass  # the door opens when the gateway replica is up
-            time.sleep(0.2)
+    while time.monotonic() < deadline:
+        if _is_ready(config):
+            return
+        time.sleep(0.2)
     raise UnavailableError(
         "NOT_READY", f"no pipeline was ready within {config.server.ready_timeout_s} s; see the log above"
     )
+
+
+def _is_ready(config: Config) -> bool:
+    """What /readyz says; the gRPC door is open before it says anything."""
+    host, port = config.server.host, config.server.http_port
+    connection: http.client.HTTPConnection = http.client.HTTPConnection(host, port, timeout=5)
+    if config.security.certificate_file:  # our own process, by its address: the certificate has the name clients know
+        connection = http.client.HTTPSConnection(host, port, timeout=5, context=ssl._create_unverified_context())
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False  # the door opens when the gateway replica is up
+    finally:
+        connection.close()
 
 
 def _shut_down() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,24 @@ def register(grpc_address: str) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"{os.getpid()}.json"
     path.write_text(json.dumps({"grpc": grpc_address}))
+    return path
+
+
+def new_stage_token() -> Path:
+    """A file with a token for the stages of this server, readable to this user only; the caller removes it at the end."""
+    folder = _folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = folder.stat()
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o077:
+        raise ConfigError(
+            "FOLDER_NOT_PRIVATE",
+            f"{folder} must belong to this user alone (mode 0700); remove it",
+            field="XDG_RUNTIME_DIR",
+        )
+    path = folder / f"{os.getpid()}.token"
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
     return path
 
 

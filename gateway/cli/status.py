@@ -8,25 +8,28 @@ from typing import Any
 
 import grpc
 
-from gateway.cli.servers import failure, find
+from gateway.cli.connection import add_connection_arguments, connection_from
+from gateway.cli.servers import failure
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `stageline status`."""
-    parser.add_argument("--address", metavar="HOST:GRPC_PORT", help="default: the server running on this host")
+    add_connection_arguments(parser)
     parser.add_argument("--output", choices=["table", "json"], default="table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask the server and print; exits 1 where it does not answer."""
-    address = args.address or find()
-    with grpc.insecure_channel(address) as channel:
+    connection = connection_from(args)
+    with connection.channel() as channel:
         try:
-            model = pb_grpc.InferenceServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=10)
+            model = pb_grpc.InferenceServiceStub(channel).GetModel(
+                pb.GetModelRequest(), timeout=10, metadata=connection.metadata
+            )
         except grpc.RpcError as error:
-            raise failure(error, address) from None
+            raise failure(error, connection.address) from None
     data = to_dict(model)
     print(json.dumps(data, indent=2) if args.output == "json" else table(data))
     return 0

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import grpc
 
-from gateway.cli.servers import failure, find
+from gateway.cli.connection import Connection, add_connection_arguments, connection_from
+from gateway.cli.servers import failure
 from gateway.timeline.chrome import chrome_trace
 from gateway.timeline.clocks import on_one_clock
 from gateway.timeline.shares import StageShares, stage_shares
@@ -21,7 +22,7 @@ from stageline.operations.v1 import operations_service_pb2_grpc as pb_grpc
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `stageline timeline`."""
-    parser.add_argument("--address", metavar="HOST:GRPC_PORT", help="default: the server running on this host")
+    add_connection_arguments(parser)
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to record")
     parser.add_argument(
         "--output-file", metavar="FILE", help="write Chrome trace events there (open in ui.perfetto.dev)"
@@ -33,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Record, write the file, print the shares; exits 1 where no step came back meanwhile."""
     if not 0 < args.seconds < math.inf:
         raise ConfigError("CONFIG_INVALID", f"--seconds must be over 0, got {args.seconds}", field="--seconds")
-    address = args.address or find()
-    steps, num_dropped = record(address, args.seconds)
+    steps, num_dropped = record(connection_from(args), args.seconds)
     if not steps:
         raise UnavailableError(
             "NO_STEPS", f"no step came back within {args.seconds:g} s; send requests while the timeline is recorded"
@@ -51,20 +51,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def record(address: str, seconds: float) -> tuple[list[pb.Step], int]:
+def record(connection: Connection, seconds: float) -> tuple[list[pb.Step], int]:
     """Steps that came back during `seconds`, and how many more there were."""
     steps: list[pb.Step] = []
     num_dropped = 0
-    with grpc.insecure_channel(address) as channel:
+    with connection.channel() as channel:
         try:
             for response in pb_grpc.OperationsServiceStub(channel).StreamSteps(
-                pb.StreamStepsRequest(), timeout=seconds
+                pb.StreamStepsRequest(), timeout=seconds, metadata=connection.metadata
             ):
                 steps += response.steps
                 num_dropped += response.num_dropped
         except grpc.RpcError as error:
             if error.code() != grpc.StatusCode.DEADLINE_EXCEEDED:  # the end we asked for
-                raise failure(error, address) from None
+                raise failure(error, connection.address) from None
     return steps, num_dropped
 
 

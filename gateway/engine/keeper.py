@@ -116,7 +116,7 @@ class Keeper:
             opened = False
             pipeline = Pipeline(
                 stages, owner_id=self._owner_id, lease_s=self._settings.lease_s,
-                stall_timeout_s=self._settings.stall_timeout_s,
+                stall_timeout_s=self._settings.stall_timeout_s, access=self._settings.stage_access,
             )  # fmt: skip
             try:
                 await lane.open(pipeline, self._on_draining)
@@ -217,7 +217,9 @@ class Keeper:
 
     async def _note_suspects(self, stages: Chain) -> None:
         """Ask each stage of a broken pipeline whether it could be claimed again."""
-        answers = await asyncio.gather(*(describe(s.address, ASK_TIMEOUT_S) for s in stages), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(describe(s.address, ASK_TIMEOUT_S, self._settings.stage_access) for s in stages), return_exceptions=True
+        )
         for stage, answer in zip(stages, answers, strict=True):
             if (
                 isinstance(answer, BaseException)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.scheduler import SchedulerLimits
+from stages.server.access import OPEN, StageAccess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """`max_waiting_*` bound the queue of one pipeline and that of the requests no pipeline has taken yet; what bounds
     micro-batches and the cache is in SchedulerLimits. `check_integrity` lets every idle scheduler verify its invariants
-    (tests, debugging).
+    (tests, debugging). `stage_access`: how stages know us, and we them.
     """
 
     max_step_tokens: int = 2048
@@ -25,6 +26,7 @@ class EngineSettings:
     stall_timeout_s: float = 60.0
     canary_timeout_s: float = 120.0
     check_integrity: bool = False
+    stage_access: StageAccess = OPEN
 
     def limits(self) -> SchedulerLimits:
         """Those of every scheduler."""

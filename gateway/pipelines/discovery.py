@@ -13,6 +13,7 @@ import grpc.aio
 from stageline.errors import StagelineError, UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
+from stages.server.access import OPEN, StageAccess
 from stages.server.link import OPTIONS
 
 logger = logging.getLogger("stageline.gateway")
@@ -53,8 +54,11 @@ class StaticDiscovery:
     """Feeds a registry from a fixed list of addresses, for people without Ray: asks each of them what it is, again and
     again, so that a stage that was restarted on its address is found."""
 
-    def __init__(self, addresses: Sequence[str], registry: Registry, *, interval_s: float = 1.0) -> None:
+    def __init__(
+        self, addresses: Sequence[str], registry: Registry, *, interval_s: float = 1.0, access: StageAccess = OPEN
+    ) -> None:
         self._addresses, self._registry, self._interval_s = tuple(addresses), registry, interval_s
+        self._access = access
         self._known: dict[str, ReplicaRecord] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -75,7 +79,7 @@ class StaticDiscovery:
             await self._refresh()
 
     async def _refresh(self) -> None:
-        asked = (record_at(address, self._interval_s + 1) for address in self._addresses)
+        asked = (record_at(address, self._interval_s + 1, self._access) for address in self._addresses)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         known: dict[str, ReplicaRecord] = {}
         for address, answer in zip(self._addresses, answers, strict=True):
@@ -90,9 +94,9 @@ class StaticDiscovery:
             self._registry.set_replicas("static", tuple(known.values()))
 
 
-async def describe(address: str, timeout_s: float = 5.0) -> pb.DescribeResponse:
+async def describe(address: str, timeout_s: float = 5.0, access: StageAccess = OPEN) -> pb.DescribeResponse:
     """Ask a stage server what it is. Raises UnavailableError where nobody answers."""
-    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+    async with access.channel(address, OPTIONS) as channel:
         try:
             return await pb_grpc.StageServiceStub(channel).Describe(pb.DescribeRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
@@ -101,9 +105,9 @@ async def describe(address: str, timeout_s: float = 5.0) -> pb.DescribeResponse:
             ) from None
 
 
-async def record_at(address: str, timeout_s: float = 5.0) -> ReplicaRecord:
+async def record_at(address: str, timeout_s: float = 5.0, access: StageAccess = OPEN) -> ReplicaRecord:
     """The replica that listens at an address. Raises UnavailableError where nobody answers."""
-    answer = await describe(address, timeout_s)
+    answer = await describe(address, timeout_s, access)
     return ReplicaRecord(
         address=address,
         incarnation=answer.incarnation,

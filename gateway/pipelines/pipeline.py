@@ -18,6 +18,7 @@ from stageline.errors import StagelineError, UnavailableError
 from stageline.grpc_errors import from_rpc_error
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
+from stages.server.access import OPEN, StageAccess
 from stages.server.frames import StepFrame, encode
 from stages.server.link import FORWARD, OPTIONS, RESULTS, epoch_metadata
 
@@ -38,14 +39,18 @@ class Pipeline:
     that cannot be renewed (lost, or no answer within its length), steps that do not come back for `stall_timeout_s`.
     """
 
-    def __init__(self, stages: Chain, *, owner_id: str, lease_s: float, stall_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, stages: Chain, *, owner_id: str, lease_s: float, stall_timeout_s: float = 60.0,
+        access: StageAccess = OPEN,
+    ) -> None:  # fmt: skip
         self.stages = stages
         self.epoch = 0
         self.num_blocks = self.block_size_tokens = self.max_in_flight = 0
         self.broken = asyncio.Event()
         self.cause: StagelineError | None = None
         self._owner_id, self._lease_s, self._stall_timeout_s = owner_id, lease_s, stall_timeout_s
-        self._channels = [grpc.aio.insecure_channel(stage.address, options=OPTIONS) for stage in stages]
+        self._channels = [access.channel(stage.address, OPTIONS) for stage in stages]
+        self._access = access
         self._stubs = [pb_grpc.StageServiceStub(channel) for channel in self._channels]
         self._granted = [0] * len(stages)  # epoch that each stage granted last
         self._tasks: list[asyncio.Task[None]] = []
@@ -77,10 +82,10 @@ class Pipeline:
             raise UnavailableError("WATCH_TIMEOUT", f"a stage did not answer within {RPC_TIMEOUT_S} s") from None
         first, last = self.stages[0], self.stages[-1]
         forward = self._channels[0].stream_unary(FORWARD, request_serializer=None, response_deserializer=None)(
-            metadata=epoch_metadata(self.epoch, first.incarnation)  # type: ignore[call-arg]
+            metadata=epoch_metadata(self.epoch, first.incarnation) + self._access.metadata()  # type: ignore[call-arg]
         )
         results = self._channels[-1].unary_stream(RESULTS, request_serializer=None, response_deserializer=None)(
-            b"", metadata=epoch_metadata(self.epoch, last.incarnation)
+            b"", metadata=epoch_metadata(self.epoch, last.incarnation) + self._access.metadata()
         )
         self._spawn(self._send(forward))
         self._spawn(self._receive(results, on_result))
@@ -160,7 +165,9 @@ class Pipeline:
     async def _watch_all(self, on_draining: OnDraining) -> None:
         """Subscribe before anything is wired, so that no broken link goes unseen."""
         calls = [
-            stub.Watch(pb.WatchRequest(epoch=self.epoch, incarnation=stage.incarnation))
+            stub.Watch(
+                pb.WatchRequest(epoch=self.epoch, incarnation=stage.incarnation), metadata=self._access.metadata()
+            )
             for stage, stub in zip(self.stages, self._stubs, strict=True)
         ]
         for call, stage in zip(calls, self.stages, strict=True):

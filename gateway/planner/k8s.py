@@ -21,6 +21,7 @@ from stageline.errors import ConfigError
 from stages.download import MARK
 
 MODELS_MOUNT = "/models"
+STAGES_MOUNT, DOOR_MOUNT = "/etc/stageline/stages", "/etc/stageline/door"  # Secrets
 # Fields that the plan or the cluster decides. The second group would be overruled without a word: it is refused.
 _DECIDED = {"model.path", "model.name", "model.dtype", "model.revision", "stages.count", "stages.layers",
             "kv_cache.block_size_tokens"}  # fmt: skip
@@ -179,6 +180,9 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
         "weights_gb": round(weights / 1e9),
         "hub_id": hub,
         "models_mount": MODELS_MOUNT,
+        "stages_mount": STAGES_MOUNT,
+        "door_mount": DOOR_MOUNT,
+        "door_tls": deployment.config.security.certificate_file is not None,
         "model_folder": f"{MODELS_MOUNT}/{name}",
         "revision": deployment.config.model.revision or "main",
         "args": yaml.safe_dump(args, sort_keys=False, default_flow_style=False, width=1000).rstrip(),
@@ -206,6 +210,7 @@ def _arguments(plan: ClusterPlan, config: Config, folder: str, name: str) -> dic
             "max_step_sequences": config.scheduler.max_step_sequences,
         },
         "server": {"host": "0.0.0.0", "grpc_port": 9000, "drain_timeout_s": 60.0},
+        "security": {"stage_token_file": f"{STAGES_MOUNT}/token"},
     }
     for section, fields in config.model_dump(exclude_defaults=True).items():
         for key, value in fields.items():

@@ -5,6 +5,7 @@ StagelineError
 │   ├── ConfigError          a flag, an environment variable or a configuration file is wrong
 │   └── CheckpointError      a checkpoint is incomplete, damaged or of an unknown architecture
 ├── UnauthenticatedError     no valid credentials (UNAUTHENTICATED, HTTP 401)
+├── PermissionDeniedError    known, but not allowed to do that (PERMISSION_DENIED, HTTP 403)
 ├── NotFoundError            no such model (NOT_FOUND, HTTP 404)
 ├── FailedPreconditionError  right request, wrong state: other fingerprint, stale epoch (FAILED_PRECONDITION, HTTP 400)
 ├── ResourceExhaustedError   queue or memory is full, come back later (RESOURCE_EXHAUSTED, HTTP 429)
@@ -72,6 +73,13 @@ class UnauthenticatedError(StagelineError):
 
     code = "UNAUTHENTICATED"
     http_status = 401
+
+
+class PermissionDeniedError(StagelineError):
+    """Known, but not allowed to do that."""
+
+    code = "PERMISSION_DENIED"
+    http_status = 403
 
 
 class NotFoundError(StagelineError):

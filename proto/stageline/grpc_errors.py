@@ -16,6 +16,7 @@ _BY_CODE: dict[str, type[StagelineError]] = {
     for kind in (
         errors.InvalidArgumentError,
         errors.UnauthenticatedError,
+        errors.PermissionDeniedError,
         errors.NotFoundError,
         errors.FailedPreconditionError,
         errors.ResourceExhaustedError,

@@ -10,6 +10,7 @@ import grpc
 
 from stageline.errors import UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
+from stages.server.access import OPEN, StageAccess
 from stages.server.frames import MAX_FRAME_BYTES, StepFrame, encode
 
 DATA_SERVICE = "stageline.stage.v1.StageDataService"
@@ -21,6 +22,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # gRPC measures bandwidth with pings of its own; while one is out it sends no keepalive, and waits for it 60 s by default.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -36,11 +39,18 @@ def epoch_metadata(epoch: int, incarnation: str) -> tuple[tuple[str, str], ...]:
 class Link:
     """A Forward stream to one stage under one epoch."""
 
-    def __init__(self, address: str, epoch: int, incarnation: str, publish: Callable[[pb.WatchResponse], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        epoch: int,
+        incarnation: str,
+        publish: Callable[[pb.WatchResponse], None],
+        access: StageAccess = OPEN,
+    ) -> None:
         """`publish` gets LinkBroken once, when the stream ends without `close`."""
         self.address = address
-        self._epoch, self._incarnation, self._publish = epoch, incarnation, publish
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._metadata, self._publish = epoch_metadata(epoch, incarnation) + access.metadata(), publish
+        self._channel = access.channel(address, OPTIONS)
         self._call: grpc.aio.StreamUnaryCall[bytes, bytes] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -56,7 +66,7 @@ class Link:
                 address=self.address,
             ) from None
         method: Any = self._channel.stream_unary(FORWARD, request_serializer=None, response_deserializer=None)
-        self._call = method(metadata=epoch_metadata(self._epoch, self._incarnation))
+        self._call = method(metadata=self._metadata)
         self._watcher = asyncio.create_task(self._watch(self._call))
 
     async def _watch(self, call: grpc.aio.StreamUnaryCall[bytes, bytes]) -> None:

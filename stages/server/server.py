@@ -18,6 +18,7 @@ from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
 from stages.executor import StageExecutor
 from stages.server.abort import abort
+from stages.server.access import OPEN, StageAccess
 from stages.server.claims import Claims, State
 from stages.server.epoch import Epoch, EpochOverError
 from stages.server.link import OPTIONS, Link
@@ -37,10 +38,11 @@ _STATES = {
 class Listener:
     """A port, taken before the weights load so that a wrong one is heard of at once; served when `StageServer` starts."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, access: StageAccess = OPEN) -> None:
         """Raises ConfigError where the port cannot be had; see `take_port`."""
-        self.server = grpc.aio.server(options=(*OPTIONS, ("grpc.so_reuseport", 0)))
-        self.port = take_port(self.server.add_insecure_port, host, port)
+        self.access = access
+        self.server = access.server((*OPTIONS, ("grpc.so_reuseport", 0)))
+        self.port = take_port(access.bind(self.server), host, port)
 
 
 class StageServer(pb_grpc.StageServiceServicer):
@@ -59,15 +61,17 @@ class StageServer(pb_grpc.StageServiceServicer):
         self._background: set[asyncio.Task[None]] = set()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
+        self._access = OPEN
         self.failure: BaseException | None = None
 
-    async def start(self, host: str, port: int) -> int:
+    async def start(self, host: str, port: int, access: StageAccess = OPEN) -> int:
         """Listen; returns the port. Raises ConfigError where it cannot be had."""
-        return await self.start_on(Listener(host, port))
+        return await self.start_on(Listener(host, port, access))
 
     async def start_on(self, listener: Listener) -> int:
         """Serve on a port that was taken before; returns it."""
         server = self._server = listener.server
+        self._access = listener.access
         pb_grpc.add_StageServiceServicer_to_server(self, server)
         streams = DataStreams(
             self._admit,
@@ -157,7 +161,7 @@ class StageServer(pb_grpc.StageServiceServicer):
             self._admit(request.epoch, self.incarnation)
             if request.HasField("next"):
                 following = request.next
-                link = Link(following.address, following.epoch, following.incarnation, epoch.publish)
+                link = Link(following.address, following.epoch, following.incarnation, epoch.publish, self._access)
                 await epoch.until_over(link.open())
             self._claims = self._claims.connect(epoch=request.epoch, now_s=time.monotonic())
         except (StagelineError, EpochOverError, asyncio.CancelledError) as error:

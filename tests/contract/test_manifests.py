@@ -22,7 +22,8 @@ from gateway.planner.split import resolve_layers
 
 DEFAULT = ("plan", "--model", "qwen2-72b", "--gpu", "a100-80g:4", "--output", "k8s")
 # What a user makes before the first apply, as k8s/README.md says: (Secret, key).
-SECRETS = {("stageline-redis", "password"), ("stageline-ray-auth", "auth_token"), ("stageline-hub", "token")}
+SECRETS = {("stageline-redis", "password"), ("stageline-ray-auth", "auth_token"), ("stageline-hub", "token"),
+           ("stageline-stages", "token")}  # fmt: skip
 OWNED_BY_KUBERAY = re.compile(r"app\.kubernetes\.io/(name|created-by)|ray\.io/.*")
 
 
@@ -229,6 +230,10 @@ def test_what_is_referred_to_exists(manifests) -> None:
         if isinstance(value, dict):
             if "secretKeyRef" in value:
                 secrets.add((value["secretKeyRef"]["name"], value["secretKeyRef"]["key"]))
+            if "secretName" in value and "defaultMode" in value:  # a volume
+                assert value["defaultMode"] == 0o440
+                if not value.get("optional"):
+                    secrets.add((value["secretName"], "token"))
             if "configMapRef" in value:
                 assert ("ConfigMap", value["configMapRef"]["name"]) in names
             if "claimName" in value:
@@ -348,6 +353,17 @@ def test_every_field_reaches_the_application_or_is_refused(tmp_path: Path, capsy
             assert str(args[section][name]).lower() in (value, f"{value}.0"), flag
         seen += 1
     assert seen >= 10
+
+
+def test_the_service_says_whether_the_door_speaks_tls(manifests, tmp_path: Path) -> None:
+    files = (
+        "--security.certificate-file",
+        "/etc/stageline/door/tls.crt",
+        "--security.key-file",
+        "/etc/stageline/door/tls.key",
+    )
+    for objects, protocol in ((manifests, "kubernetes.io/h2c"), (planned(tmp_path, *files), "https")):
+        assert find(objects, "Service", "stageline-gateway")["spec"]["ports"][0]["appProtocol"] == protocol
 
 
 def test_a_plan_that_does_not_fit_has_no_manifests(capsys) -> None:

@@ -77,6 +77,8 @@ def deployed(tmp_path_factory, ray_service) -> Iterator[Deployed]:
     args = config["applications"][0]["args"]
     args["model"]["path"] = str(model)
     args["stages"]["device"] = "cpu"
+    (root / "token").write_text("0" * 64)
+    args["security"]["stage_token_file"] = str(root / "token")
     args["server"] |= {"host": "127.0.0.1", "grpc_port": free_port()}
     config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
     (root / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

@@ -15,6 +15,7 @@ import tokenizers
 import uvicorn
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from gateway.access import Doorkeeper
 from gateway.api.grpc.server import serve_grpc
 from gateway.api.http.app import create_http_app
 from gateway.api.service import Frontend
@@ -123,11 +124,13 @@ class FakeEngine:
 class Doors:
     """A Frontend over a FakeEngine with both doors open."""
 
-    def __init__(self, *, template: str | None = TEMPLATE, model: ModelInfo = MODEL) -> None:
+    def __init__(
+        self, *, template: str | None = TEMPLATE, model: ModelInfo = MODEL, doorkeeper: Doorkeeper | None = None
+    ) -> None:
         self.tokenizer = byte_tokenizer()
         self.engine = FakeEngine(self.tokenizer)
         self.frontend = Frontend(
-            self.engine, self.tokenizer, None if template is None else ChatTemplate(template), model
+            self.engine, self.tokenizer, None if template is None else ChatTemplate(template), model, doorkeeper
         )
         self.http = self.grpc = ""
 
@@ -151,14 +154,14 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def open_doors(doors: Doors) -> AsyncIterator[Doors]:
-    """Serve on loopback ports until the block ends."""
+async def open_doors(doors: Doors, **options) -> AsyncIterator[Doors]:
+    """Serve on loopback ports until the block ends; `options` are serve_grpc's."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(create_http_app(lambda: doors.frontend), log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     await until(lambda: server.started)
-    grpc_server = await serve_grpc(doors.frontend, "127.0.0.1", 0)
+    grpc_server = await serve_grpc(doors.frontend, "127.0.0.1", 0, **options)
     doors.http = f"http://127.0.0.1:{listener.getsockname()[1]}"
     doors.grpc = f"127.0.0.1:{grpc_server.port}"
     try:

@@ -22,6 +22,7 @@ from gateway.tokenizer import Tokenizer
 from gateway.types import ChoiceDelta, FinishReason, GenerateRequest, ModelInfo, SamplingParams
 from stages.executor import StageExecutor
 from stages.partition import LayerRange
+from stages.server.access import OPEN, StageAccess
 from stages.server.server import StageServer
 from stages.transfers import NoTransfers
 
@@ -130,6 +131,7 @@ class Cluster:
     registry: Registry = field(default_factory=Registry)
     stages: list[ToyStage] = field(default_factory=list)
     engine: Engine | None = None
+    access: StageAccess = OPEN
 
     async def add_stage(
         self, start: int, end: int, *, num_blocks: int = 64, queue_depth: int = 8, **faults
@@ -139,8 +141,9 @@ class Cluster:
         server = StageServer(
             StageExecutor(runner), fingerprint=FINGERPRINT, kv_capacity_blocks=num_blocks, queue_depth_steps=queue_depth
         )
-        port = await server.start("127.0.0.1", 0)
-        stage = ToyStage(server, runner, await record_at(f"127.0.0.1:{port}"))
+        port = await server.start("127.0.0.1", 0, self.access)
+        record = await record_at(f"127.0.0.1:{port}", access=self.access)
+        stage = ToyStage(server, runner, record)
         self.stages.append(stage)
         self.announce()
         return stage
@@ -160,7 +163,9 @@ class Cluster:
             model=ModelInfo(name="toy", fingerprint=FINGERPRINT, max_context_tokens=200, vocab_size=VOCAB_SIZE),
             tokenizer=byte_tokenizer(),
             registry=self.registry,
-            settings=EngineSettings(**{"check_integrity": True, "lease_s": 2.0, **settings}),
+            settings=EngineSettings(
+                **{"check_integrity": True, "lease_s": 2.0, "stage_access": self.access, **settings}
+            ),
             fingerprint=FINGERPRINT,
         )
         await self.engine.start()

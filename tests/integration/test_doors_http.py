@@ -204,7 +204,7 @@ async def test_extra_sampling_fields_reach_the_engine(client, doors):
         ({"echo": True, "logprobs": 1}, "echo", "parameter_not_served"),
         ({"best_of": 2, "n": 3}, "best_of", "best_of_out_of_range"),
         ({"best_of": 2, "stream": True}, "best_of", "best_of_streamed"),
-        ({"priority": 3}, "priority", "parameter_not_served"),
+        ({"priority": 101}, "priority", "priority_out_of_range"),
         ({"prompt_logprobs": 1}, "prompt_logprobs", "parameter_not_served"),
     ],
 )

@@ -22,6 +22,8 @@ import torch
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from stageline.stage.v1 import stage_service_pb2 as stage_pb
+from stageline.stage.v1.stage_service_pb2_grpc import StageServiceStub
 from tests.parity.test_model import reference
 from tests.tiny import save_tiny, tiny_model
 
@@ -96,6 +98,16 @@ def test_status_shows_one_process_a_stage(server: Server) -> None:
         assert len(set(found)) == 3
         assert all(Path(f"/proc/{pid}").exists() for pid in found)
         assert data["spares"] == []
+
+
+def test_strangers_on_this_host_do_not_get_at_the_stages(server: Server) -> None:
+    [pipeline] = stub(server).GetModel(pb.GetModelRequest()).pipelines
+    for stage in pipeline.stages:
+        with grpc.insecure_channel(stage.replicas[0].address) as channel, pytest.raises(grpc.RpcError) as caught:
+            StageServiceStub(channel).Describe(stage_pb.DescribeRequest(), timeout=10)
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    [token] = (server.folder.parent / f"stageline-{os.getuid()}").glob("*.token")
+    assert token.stat().st_mode & 0o777 == 0o600
 
 
 def test_openai_client(server: Server) -> None:

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from gateway.pipelines.discovery import describe
-from stageline.errors import ConfigError
+from stageline.errors import ConfigError, UnavailableError
 from stages.__main__ import main
+from stages.server.access import OPEN, StageAccess
 from stages.spec import StageSpec
+from tests.certificates import Authority
 from tests.tiny import save_tiny
 
 
@@ -40,9 +42,34 @@ def test_it_serves_its_layers_until_sigterm(folder) -> None:
         process.kill()
 
 
+def test_it_refuses_strangers(folder, tmp_path) -> None:
+    authority = Authority("ours")
+    files = authority.issue(tmp_path / "stage")
+    (tmp_path / "token").write_text("5e" * 32)
+    flags = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages", "--model", str(folder), "--layers", "0-1", "--port", "0", "--dtype", "float32",
+         *flags, "--token-file", str(tmp_path / "token")],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[1].removeprefix("grpc://")
+        friend = StageAccess(**authority.issue(tmp_path / "friend"), token_file=str(tmp_path / "token"))
+        assert asyncio.run(describe(address, access=friend)).pid == process.pid
+        for stranger in (OPEN, StageAccess(**authority.issue(tmp_path / "stranger"))):
+            with pytest.raises(UnavailableError, match="no stage answers"):
+                asyncio.run(describe(address, access=stranger))
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        (("--token-file", "nowhere", "--layers", "0-1"), "nowhere cannot be read"),
+        (("--certificate-file", "alone.pem", "--layers", "0-1"), "belong together"),
         (("--layers", "2-9"), "not within the model's 4 layers"),
         (("--layers", "0-1,1-2"), "takes one range"),
         (("--layers", "zero"), "half-open range"),

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from gateway.api.grpc.door import Door
 from gateway.api.grpc.interceptor import TypedErrors
 from gateway.api.grpc.operations import OperationsServicer
 from gateway.api.grpc.servicer import InferenceServicer
@@ -19,6 +20,7 @@ from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
 from stageline.operations.v1 import operations_service_pb2 as operations_pb
 from stageline.operations.v1 import operations_service_pb2_grpc as operations_pb_grpc
+from stages.tls import TlsFiles
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 OPERATIONS = operations_pb.DESCRIPTOR.services_by_name["OperationsService"].full_name
@@ -31,6 +33,8 @@ OPTIONS = (
     # Find dead clients behind silent networks: their sequences hold KV blocks.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # While a ping of gRPC's own is out (it measures bandwidth) there is no keepalive: that ping must time out as well.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Clients may ping as often as every 10 s, streaming or idle.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
@@ -75,22 +79,36 @@ async def set_health(servicer: Any, serving: bool) -> None:
 
 
 async def serve_grpc(
-    frontend: Frontend, host: str, port: int, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+    frontend: Frontend,
+    host: str,
+    port: int,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    tls: TlsFiles | None = None,
+    with_reflection: bool = True,
 ) -> GrpcServer:
-    """Listen and serve until `stop`. Raises ConfigError where the address cannot be bound."""
+    """Listen and serve until `stop`; with `tls` in TLS only. Raises ConfigError where the address cannot be bound."""
     options = {
         **dict(OPTIONS),
         "grpc.max_receive_message_length": max_message_bytes,
         "grpc.max_send_message_length": max_message_bytes,
     }
-    server = grpc.aio.server(options=tuple(options.items()), interceptors=(TypedErrors((SERVICE, OPERATIONS)),))
+    door = Door(
+        frontend.doorkeeper, visited=(SERVICE, OPERATIONS), operators=(OPERATIONS,), open_to_all=(health.SERVICE_NAME,)
+    )
+    server = grpc.aio.server(options=tuple(options.items()), interceptors=(door, TypedErrors((SERVICE, OPERATIONS))))
     pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend), server)
     operations_pb_grpc.add_OperationsServiceServicer_to_server(OperationsServicer(frontend), server)
     health_servicer = vars(health)["aio"].HealthServicer()  # health.aio, which some type stubs leave out
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((SERVICE, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    if with_reflection:
+        reflection.enable_server_reflection((SERVICE, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        address = f"{host}:{port}"
+        if tls is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, tls.server_credentials())
     except RuntimeError:
         raise ConfigError(
             "PORT_IN_USE",

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from gateway.access import visit as visits
 from gateway.api.checks import fail
 from gateway.api.grpc import convert
 from gateway.api.service import Frontend
@@ -67,8 +68,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return pb.DetokenizeResponse(text=text)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
-        """The model and what serves it."""
+        """The model, and for operators what serves it."""
         model, engine = self._frontend.model, self._frontend.engine
+        visit = visits.current.get()
+        operator = visit is None or visit.operator
         template, tokenizer = self._frontend.chat_template, self._frontend.tokenizer
         return pb.GetModelResponse(
             name=model.name,
@@ -79,8 +82,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             chat_template=tokenizer.chat_template or "",
             special_tokens=tokenizer.special_tokens,
             takes_tools=template is not None and template.takes_tools,
-            pipelines=convert.pipelines(engine.pipelines()),
-            spares=[convert.replica(status) for status in engine.spares()],
+            pipelines=convert.pipelines(engine.pipelines()) if operator else (),
+            spares=[convert.replica(status) for status in engine.spares()] if operator else (),
             eos_token_ids=end_token_ids(model),
         )
 

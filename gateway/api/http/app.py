@@ -18,6 +18,7 @@ from gateway.api.http.answers import AnswerWriter, ChatWriter, CompletionWriter
 from gateway.api.http.bodies import CompletionBody
 from gateway.api.http.body_limit import BodyLimit
 from gateway.api.http.chat_body import ChatBody
+from gateway.api.http.door import Door
 from gateway.api.http.errors import install
 from gateway.api.http.merge import merged
 from gateway.api.http.request_ids import RequestIds
@@ -33,6 +34,7 @@ def create_http_app(frontend_getter: Callable[[], Frontend]) -> FastAPI:
     """The application; `frontend_getter` is called for each request, so the Frontend may come later than the application."""
     app = FastAPI(title="Stageline", version=documents.VERSION, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES)
+    app.add_middleware(Door, doorkeeper_getter=lambda: frontend_getter().doorkeeper)
     app.add_middleware(RequestIds)  # added last, so outermost: errors of the others have the id too
     install(app)
     app.include_router(_generation(frontend_getter))
@@ -57,7 +59,7 @@ def create_http_app(frontend_getter: Callable[[], Frontend]) -> FastAPI:
 def _generation(frontend_getter: Callable[[], Frontend]) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=documents.errors())
     async def models() -> documents.ModelList:
         """The one model."""
         return documents.ModelList(data=[_model(frontend_getter())])

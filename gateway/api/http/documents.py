@@ -20,6 +20,8 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 STATUSES = {
     400: "The request is wrong; `param` names the field.",
+    401: "No API key, or one that is not known or has expired.",
+    403: "This tenant may not do that.",
     404: "No such model.",
     413: "The body is too large.",
     429: "The queue is full; come back after `retry-after` seconds.",
@@ -234,8 +236,9 @@ class ChatChunk(_Envelope):
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """These statuses, with OpenAI's error object."""
-    return {status: {"model": ErrorResponse, "description": STATUSES[status]} for status in statuses}
+    """These statuses, and those of every path that needs a key, with OpenAI's error object."""
+    every = sorted({*statuses, 401, 429})
+    return {status: {"model": ErrorResponse, "description": STATUSES[status]} for status in every}
 
 
 def not_ready() -> dict[int | str, dict[str, Any]]:
@@ -253,7 +256,7 @@ def generation(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]
         "response_model": None,
         "responses": {
             200: {"model": whole, "description": "The answer.", "content": {"text/event-stream": stream}},
-            **errors(400, 404, 413, 429, 500, 503, 504),
+            **errors(400, 403, 404, 413, 500, 503, 504),
         },
     }
 

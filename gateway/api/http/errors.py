@@ -20,7 +20,7 @@ _HTTP_REASONS = {
     405: ("METHOD_NOT_ALLOWED", "{path} does not take {method}"),
     413: ("BODY_TOO_LARGE", "{detail}"),
 }
-_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def error_object(error: StagelineError) -> dict[str, Any]:
@@ -37,7 +37,9 @@ def error_object(error: StagelineError) -> dict[str, Any]:
 
 
 def error_headers(error: StagelineError) -> dict[str, str]:
-    """Retry-After in whole seconds, at least 1, where a retry can succeed."""
+    """Retry-After in whole seconds, at least 1, where a retry can succeed; what is asked for where a key is missing."""
+    if error.http_status == 401:
+        return {"www-authenticate": "Bearer"}
     retry_after_s = error.metadata.get("retry_after_s")
     return {} if retry_after_s is None else {"retry-after": str(max(1, math.ceil(float(retry_after_s))))}
 

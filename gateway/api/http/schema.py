@@ -13,6 +13,7 @@ from gateway.api.http.body import Body, NoOps
 from gateway.api.http.structured import StructuredFields
 from gateway.api.raw import Prompt, RawRequest
 from gateway.api.validate import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_SEED, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from gateway.types import MAX_PRIORITY
 from stageline.errors import InvalidArgumentError
 
 NAMES = {"num_choices": "n", "stop_strings": "stop", "request_id": "x-request-id"}  # ours → the client's
@@ -25,7 +26,6 @@ NO_OPS: NoOps = {
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "metadata": ({},),
-    "priority": (0,),
     "prompt_logprobs": (),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
@@ -72,6 +72,7 @@ class GenerationBody(Body, StructuredFields):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    priority: Annotated[int | None, says(minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -96,6 +97,7 @@ class GenerationBody(Body, StructuredFields):
             request_id=request_id,
             deadline_s=deadline_s,
             num_choices=self.n,
+            priority=-(self.priority or 0),  # vLLM's sign: the lower goes first
             constraint=self.constraint(),
             temperature=self.temperature,
             top_p=self.top_p,

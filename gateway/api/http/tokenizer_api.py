@@ -122,7 +122,7 @@ def router(frontend_getter: Callable[[], Frontend]) -> APIRouter:
         check_served(RawRequest(prompt=TextPrompt(""), model=body.model), frontend.model)
         return Detokenized(prompt=frontend.decode(body.tokens, skip_special_tokens=False, field="tokens"))
 
-    @paths.get("/tokenizer_info")
+    @paths.get("/tokenizer_info", responses=documents.errors())
     async def tokenizer_info() -> TokenizerInfo:
         """What a client needs to render templates itself."""
         frontend = frontend_getter()

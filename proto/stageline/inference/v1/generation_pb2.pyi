@@ -107,7 +107,7 @@ class Generation(_message.Message):
     the call's metadata `x-request-id` is taken, and where that is missing, one is drawn.
     """
     priority: _builtins.int
-    """Optional. Higher goes first; 0 is normal. Other values are not served yet."""
+    """Optional. From -100 to 100; higher goes first, 0 is normal. A tenant may be allowed less."""
     num_choices: _builtins.int
     """Optional. Answers to generate, at least 1. Default 1."""
     best_of: _builtins.int

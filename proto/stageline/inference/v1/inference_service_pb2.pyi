@@ -339,7 +339,7 @@ class GetModelResponse(_message.Message):
     """Whether the chat template writes tools into the prompt."""
     @_builtins.property
     def pipelines(self) -> _containers.RepeatedCompositeFieldContainer[Global___PipelineStatus]:
-        """The pipelines, with their stages."""
+        """The pipelines, with their stages. Where there are API keys, only operators see these and the spares."""
 
     @_builtins.property
     def spares(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageReplicaStatus]:
