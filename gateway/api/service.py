@@ -17,6 +17,7 @@ from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt
 from gateway.api.tool_choice import with_tool_choice
 from gateway.api.validate import check_served, end_token_ids, validate
 from gateway.grammar import GrammarCompiler
+from gateway.metrics import Metrics
 from gateway.tokenizer import ChatTemplate, Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
 from stageline.errors import FailedPreconditionError
@@ -49,6 +50,11 @@ class EngineLike(Protocol):
 
     def watch_steps(self) -> AsyncIterator[StreamStepsResponse]:
         """An async generator of the steps that come back from now on."""
+        ...
+
+    @property
+    def metrics(self) -> Metrics:
+        """What Prometheus reads."""
         ...
 
 

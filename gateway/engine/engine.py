@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 
 from gateway.engine.choice import ChoiceState, Deltas
+from gateway.engine.invariants import EngineState, find_leaks
 from gateway.engine.keeper import Keeper
 from gateway.engine.lane import Lane, deadline_exceeded
 from gateway.engine.settings import EngineSettings
+from gateway.metrics import Metrics
 from gateway.pipelines.discovery import Registry
 from gateway.tokenizer import Tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
-from stageline.errors import ResourceExhaustedError, StagelineError, UnavailableError
+from stageline.errors import InvalidArgumentError, ResourceExhaustedError, StagelineError, UnavailableError
 from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
 
+logger = logging.getLogger("stageline.gateway")
+
 DRAIN_POLL_S = 0.05
+IDLE_CHECK_PERIOD_S = 0.5
 
 
 class Engine:
@@ -28,14 +34,20 @@ class Engine:
     ) -> None:
         self.model = model
         self._tokenizer, self._settings = tokenizer, settings
-        self._keeper = Keeper(registry, settings, fingerprint, self._make_choice)
+        self.metrics = Metrics(model.name, self.pipelines)
+        self._keeper = Keeper(registry, settings, fingerprint, self._make_choice, self.metrics)
         self._sequence_ids = itertools.count(1)
         self._num_unplaced = self._unplaced_tokens = 0
         self._stopping = False
+        self._num_open = 0
+        self._unchecked = False  # requests came since the engine was last checked
+        self._idle_checks: asyncio.Task[None] | None = None
+        self._leaks_seen: set[str] = set()
 
     async def start(self) -> None:
         """Begin to form pipelines as replicas appear."""
         self._keeper.start()
+        self._idle_checks = asyncio.create_task(self._check_when_idle())
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `drain_s` seconds, then end them with UNAVAILABLE."""
@@ -46,6 +58,9 @@ class Engine:
             await asyncio.sleep(DRAIN_POLL_S)
         for lane in self._keeper.lanes:
             lane.fail_all(_stopping())
+        if self._idle_checks is not None:
+            self._idle_checks.cancel()
+            await asyncio.gather(self._idle_checks, return_exceptions=True)
         await self._keeper.stop()
 
     def ready(self) -> bool:
@@ -75,29 +90,70 @@ class Engine:
         Raises for this request only: DeadlineExceededError, ResourceExhaustedError (queue full), UnavailableError
         (stopping), InvalidArgumentError (could never be held), InternalError (a stage could not execute its step).
         """
+        self._num_open += 1
+        self._unchecked, queued = True, False
         deltas: Deltas = asyncio.Queue()
-        choices = [self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)]
-        lane = await self._place(request, choices[0])
-        num_open = len(choices)
-        loop = asyncio.get_running_loop()
+        choices: list[ChoiceState] = []
         timer = None
-        if request.deadline_s is not None:
-            timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, deadline_exceeded())
         try:
+            choices += (
+                self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)
+            )
+            lane = await self._place(request, choices[0])
+            if request.deadline_s is not None:
+                loop = asyncio.get_running_loop()
+                timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, deadline_exceeded())
             for choice in choices:
                 if not choice.ended:  # a resumed generation may have ended already
                     lane.add(choice)
+            queued = True
             lane.pump()
+            num_open = len(choices)
             while num_open:
                 delta = await deltas.get()
                 if isinstance(delta, StagelineError):
                     raise delta
                 num_open -= delta.finish_reason is not None
                 yield delta
+        except StagelineError as error:
+            refused = isinstance(error, ResourceExhaustedError | InvalidArgumentError) and not queued
+            (self.metrics.rejected if refused else self.metrics.failed)(error.reason)
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            self.metrics.cancelled()
+            raise
         finally:
             if timer is not None:
                 timer.cancel()
             self._end(choices, None)
+            self._num_open -= 1
+
+    def leaks(self) -> tuple[str, ...]:
+        """What is left of requests that ended, in sentences; a bug where there is any. () while requests are served."""
+        return find_leaks(
+            EngineState(
+                num_open=self._num_open,
+                num_unplaced=self._num_unplaced,
+                unplaced_tokens=self._unplaced_tokens,
+                num_pipelines=len(self._keeper.open_pipelines),
+                num_chains=sum(bool(lane.stages) for lane in self._keeper.lanes),
+                lanes=tuple(lane.holdings() for lane in self._keeper.lanes),
+            )
+        )
+
+    async def _check_when_idle(self) -> None:
+        """Look for leaks once after each time of work. What is found is counted every time and logged once."""
+        while True:
+            await asyncio.sleep(IDLE_CHECK_PERIOD_S)
+            if not self._unchecked or self._num_open or any(lane.busy for lane in self._keeper.lanes):
+                continue
+            self._unchecked = False
+            leaks = self.leaks()
+            self.metrics.checked(len(leaks))
+            for leak in leaks:
+                if leak not in self._leaks_seen:
+                    self._leaks_seen.add(leak)
+                    logger.critical("INVARIANT VIOLATED, please report: nothing runs, but there is left: %s", leak)
 
     def _make_choice(self, request: GenerateRequest, index: int, deltas: Deltas) -> ChoiceState:
         return ChoiceState(

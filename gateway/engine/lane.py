@@ -8,10 +8,12 @@ from collections.abc import Sequence as Sequence_
 from functools import partial
 
 from gateway.engine.choice import ChoiceState
+from gateway.engine.invariants import LaneState
 from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
 from gateway.engine.watch import StepFeed, describe_step
 from gateway.grammar import Outbox
+from gateway.metrics import Metrics
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from gateway.pipelines.pipeline import Pipeline
@@ -39,6 +41,7 @@ class Lane:
         name: str,
         make_scheduler: Callable[[Pipeline], Scheduler],
         feed: StepFeed,
+        metrics: Metrics,
         *,
         check_integrity: bool = False,
     ) -> None:
@@ -48,7 +51,8 @@ class Lane:
         self.scheduler: Scheduler | None = None
         self.pipeline: Pipeline | None = None
         self.stages: Chain = ()  # replicas in use; set before they are claimed, so that no other lane takes them
-        self._make_scheduler, self._check_integrity = make_scheduler, check_integrity
+        self.num_recoveries = 0
+        self._make_scheduler, self._metrics, self._check_integrity = make_scheduler, metrics, check_integrity
         self._choices: dict[int, ChoiceState] = {}
         self._sent: dict[int, tuple[MicroBatch, float]] = {}  # by step id; when, on the monotonic clock
         self._outbox = Outbox()
@@ -60,6 +64,12 @@ class Lane:
     def load(self) -> int:
         """Sequences here, running or waiting."""
         return len(self._choices)
+
+    @property
+    def busy(self) -> bool:
+        """Whether steps are out whose return will still give blocks back."""
+        in_flight = self.scheduler is not None and self.scheduler.num_in_flight > 0
+        return in_flight and self.pipeline is not None and not self.pipeline.broken.is_set()
 
     def cost_tokens(self, sequence: Sequence) -> int:
         """What stands between a new sequence and its first token here, in prompt tokens to compute."""
@@ -198,6 +208,20 @@ class Lane:
             num_free_blocks=scheduler.num_free_blocks if scheduler else 0,
             num_running_sequences=scheduler.num_running if scheduler else 0,
             num_waiting_sequences=scheduler.num_waiting if scheduler else 0,
+            num_waiting_tokens=scheduler.num_waiting_tokens if scheduler else 0,
+            num_preemptions=scheduler.num_preemptions if scheduler else 0,
+            num_recoveries=self.num_recoveries,
+        )
+
+    def holdings(self) -> LaneState:
+        """For the check of an idle engine."""
+        return LaneState(
+            name=self.name,
+            num_choices=len(self._choices),
+            num_probes=sum(choice.sequence.priority >= PROBE_PRIORITY for choice in self._choices.values()),
+            num_sent=len(self._sent),
+            num_held=len(self._outbox),
+            scheduler=self.scheduler,
         )
 
     def _on_result(self, result: pb.StepResult) -> None:
@@ -219,13 +243,15 @@ class Lane:
                     describe_step(self.name, self.pipeline.epoch, batch, result, sent_s=sent_s, returned_s=arrived_s)
                 )
             timing = step_timing(result, arrived_s - sent_s + self._handling_s)
-            self._on_rows(batch, {row.sequence_id: row for row in result.rows}, timing)
+            self._on_rows(batch, {row.sequence_id: row for row in result.rows}, timing, arrived_s)
         self.pump()
         self._handling_s = time.monotonic() - arrived_s
         if self._check_integrity and not self.scheduler.num_in_flight:
             check_integrity(self.scheduler)
 
-    def _on_rows(self, batch: MicroBatch, results: dict[int, pb.RowResult], timing: StepTiming | None) -> None:
+    def _on_rows(
+        self, batch: MicroBatch, results: dict[int, pb.RowResult], timing: StepTiming | None, arrived_s: float
+    ) -> None:
         assert self.scheduler is not None
         wanted: list[tuple[ChoiceState, pb.RowResult, int]] = []
         for row in batch.rows:
@@ -263,6 +289,7 @@ class Lane:
                 ended = True
             if choice.sequence.priority < PROBE_PRIORITY:
                 self.num_tokens += 1
+                choice.measure(self._metrics, arrived_s)
             if ended:
                 self._drop(choice)
 

@@ -307,6 +307,16 @@ class Ledger:
         return len(self._waiting)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to prefill for those, where nothing is cached."""
+        return self._waiting.num_tokens
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of this epoch."""
+        return self._pool.num_blocks
+
+    @property
     def num_free_blocks(self) -> int:
         """Blocks that can be given to a sequence now, those of the prefix cache that nobody holds included."""
         return self._pool.num_free

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from gateway.api.grpc.server import serve_grpc
 from gateway.api.http.app import create_http_app
 from gateway.api.service import Frontend
+from gateway.metrics import Metrics
 from gateway.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
 from gateway.types import (
     ChoiceDelta,
@@ -65,6 +66,7 @@ class FakeEngine:
     finish_reason: FinishReason = FinishReason.LENGTH
     logprobs: tuple[float, ...] = (-0.5,)  # of every token, by choice
     is_ready: bool = True
+    metrics: Metrics = field(default_factory=lambda: Metrics("tiny", lambda: ()))
     requests: list[GenerateRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
 

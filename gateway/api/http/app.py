@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from gateway.api import request_id
 from gateway.api.collect import Answer
@@ -23,6 +23,7 @@ from gateway.api.http.merge import merged
 from gateway.api.http.request_ids import RequestIds
 from gateway.api.http.responses import AnswerResponse
 from gateway.api.service import Accepted, Frontend
+from gateway.metrics import CONTENT_TYPE as METRICS_TYPE
 from stageline.errors import InvalidArgumentError, NotFoundError
 
 MAX_BODY_BYTES = 16 * 2**20
@@ -50,6 +51,11 @@ def create_http_app(frontend_getter: Callable[[], Frontend]) -> FastAPI:
         ready = frontend_getter().engine.ready()
         response.status_code = 200 if ready else 503
         return documents.Status(status="ready" if ready else "not ready")
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Numbers in Prometheus' text format."""
+        return Response(frontend_getter().engine.metrics.render(), media_type=METRICS_TYPE)
 
     return app
 
