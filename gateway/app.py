@@ -153,6 +153,8 @@ class Gateway:
             prefix_caching=parsed.kv_cache.prefix_caching,
             lease_s=parsed.pipelines.lease_s,
             stall_timeout_s=parsed.pipelines.stall_timeout_s,
+            max_unread_tokens=parsed.server.max_unread_tokens,
+            max_unread_tokens_total=parsed.server.max_unread_tokens_total,
         )
         self._drain_s = parsed.server.drain_timeout_s
         self._engine = Engine(
@@ -160,7 +162,9 @@ class Gateway:
         )
         await self._engine.start()
         _frontend = Frontend(self._engine, tokenizer, template, model)
-        self._grpc = await serve_grpc(_frontend, parsed.server.host, parsed.server.grpc_port)
+        self._grpc = await serve_grpc(
+            _frontend, parsed.server.host, parsed.server.grpc_port, write_timeout_s=parsed.server.write_timeout_s
+        )
 
     async def __del__(self) -> None:
         if hasattr(self, "_grpc"):

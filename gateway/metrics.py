@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -106,6 +106,11 @@ class Metrics:
         """The idle engine was checked."""
         self._checks.inc()
         self._violations.inc(num_violations)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """One number of the whole engine, read at each scrape."""
+        family = Gauge(PREFIX + name, text, ("model_name",), registry=self.registry)
+        family.labels(self._model_name).set_function(read)
 
     def render(self) -> bytes:
         """Prometheus' text format, `CONTENT_TYPE`."""

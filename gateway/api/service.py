@@ -36,6 +36,10 @@ class EngineLike(Protocol):
         """An async generator of deltas; closing it cancels the request."""
         ...
 
+    def check_room(self) -> None:
+        """Raises what `generate` would raise for any request now: a full queue, a gateway that stops."""
+        ...
+
     def ready(self) -> bool:
         """Whether some pipeline can serve."""
         ...
@@ -85,9 +89,10 @@ class Frontend:
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, end_token_ids(model))
 
     async def accept(self, raw: RawRequest) -> Accepted:
-        """Check, tokenize, compile the grammar. Raises what `check_served`, `with_tool_choice`, `encode`, `validate` and
-        `GrammarCompiler.compile` raise."""
+        """Check, tokenize, compile the grammar. Raises what `engine.check_room`, `check_served`, `with_tool_choice`,
+        `encode`, `validate` and `GrammarCompiler.compile` raise."""
         check_served(raw, self.model)
+        self.engine.check_room()  # a request that will be refused costs no more than this
         assert raw.prompt is not None
         raw, parse_tools = with_tool_choice(
             raw, takes_tools=bool(self.chat_template and self.chat_template.takes_tools)

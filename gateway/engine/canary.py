@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from gateway.engine.choice import ChoiceState, Deltas
+from gateway.engine.choice import ChoiceState
+from gateway.engine.deltas import Deltas
 from gateway.engine.lane import Lane
 from gateway.pipelines.pipeline import Pipeline
 from gateway.scheduler import PROBE_PRIORITY
@@ -33,7 +34,7 @@ async def prove(
         priority=PROBE_PRIORITY,
         use_prefix_cache=False,  # it is to be computed
     )
-    deltas: Deltas = asyncio.Queue()
+    deltas = Deltas()
     choice = make_choice(request, 0, deltas)
     lane.adopt(choice)
     answer = asyncio.create_task(deltas.get())

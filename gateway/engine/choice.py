@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
 
+from gateway.engine.deltas import Deltas
 from gateway.grammar import RowMasks, allows_only
 from gateway.metrics import Metrics
 from gateway.scheduler import Sequence
 from gateway.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 from stageline.errors import StagelineError
-
-Deltas = asyncio.Queue[ChoiceDelta | StagelineError]
 
 
 @dataclass(slots=True)
@@ -112,7 +110,7 @@ class ChoiceState:
         """End the whole request with an error."""
         if not self.ended:
             self.ended = True
-            self.deltas.put_nowait(error)
+            self.deltas.fail(error)
 
     def _resume(self, token_ids: tuple[int, ...]) -> None:
         """Bring text and stops to where they were; what the client has is not sent again."""
@@ -144,7 +142,7 @@ class ChoiceState:
     def _send(self, piece: _Piece, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
         self.finish_reason = piece.finish_reason
         self.ended = piece.finish_reason is not None
-        self.deltas.put_nowait(
+        wanted = self.deltas.put(
             ChoiceDelta(
                 index=self.index,
                 text=piece.text,
@@ -155,3 +153,4 @@ class ChoiceState:
                 cached_prompt_tokens=self.sequence.num_cached_prompt_tokens,
             )
         )
+        self.ended = self.ended or not wanted

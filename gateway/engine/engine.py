@@ -8,7 +8,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 
-from gateway.engine.choice import ChoiceState, Deltas
+from gateway.engine.choice import ChoiceState
+from gateway.engine.deltas import Deltas, Unread
 from gateway.engine.invariants import EngineState, find_leaks
 from gateway.engine.keeper import Keeper
 from gateway.engine.lane import Lane, deadline_exceeded
@@ -40,6 +41,10 @@ class Engine:
         self._num_unplaced = self._unplaced_tokens = 0
         self._stopping = False
         self._num_open = 0
+        self._unread = Unread(settings.max_unread_tokens, settings.max_unread_tokens_total)
+        self.metrics.gauge("num_open_requests", "Requests in the engine.", lambda: self._num_open)
+        self.metrics.gauge("num_unplaced_requests", "Of those, no pipeline has them.", lambda: self._num_unplaced)
+        self.metrics.gauge("unread_tokens", "What clients have not read.", lambda: self._unread.total)
         self._unchecked = False  # requests came since the engine was last checked
         self._idle_checks: asyncio.Task[None] | None = None
         self._leaks_seen: set[str] = set()
@@ -92,7 +97,7 @@ class Engine:
         """
         self._num_open += 1
         self._unchecked, queued = True, False
-        deltas: Deltas = asyncio.Queue()
+        deltas = Deltas(self._unread)
         choices: list[ChoiceState] = []
         timer = None
         try:
@@ -126,6 +131,7 @@ class Engine:
             if timer is not None:
                 timer.cancel()
             self._end(choices, None)
+            deltas.close()
             self._num_open -= 1
 
     def leaks(self) -> tuple[str, ...]:
@@ -168,11 +174,25 @@ class Engine:
             for lane in self._keeper.lanes:
                 lane.cancel(choice)
 
-    async def _place(self, request: GenerateRequest, choice: ChoiceState) -> Lane:
-        """The ready lane on which it has the least to wait for, cached prefix counted, else one that recovers; waits,
-        within the deadline, while there is none."""
+    def check_room(self) -> None:
+        """Raises ResourceExhaustedError or UnavailableError where even a request of one token would not be queued now."""
+        try:
+            if self._stopping:
+                raise _stopping()
+            usable = self._usable()
+            if not usable:
+                self._check_unplaced(1)
+            elif all(lane.full for lane in usable):
+                min(usable, key=lambda lane: lane.load).check_room()
+        except StagelineError as error:
+            self.metrics.rejected(error.reason)
+            raise
+
+    def _usable(self) -> list[Lane]:
+        return [lane for lane in self._keeper.lanes if lane.state in ("ready", "recovering")]
+
+    def _check_unplaced(self, num_tokens: int) -> None:
         limits = self._settings
-        num_tokens = request.num_choices * len(request.prompt_token_ids)
         full = self._num_unplaced and self._unplaced_tokens + num_tokens > limits.max_waiting_tokens
         if full or self._num_unplaced >= limits.max_waiting_sequences:
             raise ResourceExhaustedError(
@@ -183,6 +203,12 @@ class Engine:
                 waiting=self._num_unplaced,
                 waiting_tokens=self._unplaced_tokens,
             )
+
+    async def _place(self, request: GenerateRequest, choice: ChoiceState) -> Lane:
+        """The ready lane on which it has the least to wait for, cached prefix counted, else one that recovers; waits,
+        within the deadline, while there is none."""
+        num_tokens = request.num_choices * len(request.prompt_token_ids)
+        self._check_unplaced(num_tokens)
         self._num_unplaced += 1
         self._unplaced_tokens += num_tokens
         try:
@@ -191,8 +217,7 @@ class Engine:
                     raise _stopping()
                 if request.deadline_s is not None and request.deadline_s <= time.monotonic():
                     raise deadline_exceeded()
-                usable = [lane for lane in self._keeper.lanes if lane.state in ("ready", "recovering")]
-                if usable:
+                if usable := self._usable():
                     if len(usable) == 1:
                         return usable[0]
                     return min(usable, key=lambda lane: (lane.state != "ready", lane.cost_tokens(choice.sequence)))

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 
 from gateway.engine.canary import prove
-from gateway.engine.choice import ChoiceState, Deltas
+from gateway.engine.choice import ChoiceState
+from gateway.engine.deltas import Deltas
 from gateway.engine.lane import Lane, replica_status
 from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings

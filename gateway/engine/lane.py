@@ -133,6 +133,20 @@ class Lane:
         self.pipeline = None
         self.state = "forming" if self.scheduler is None else "recovering"
 
+    @property
+    def full(self) -> bool:
+        """Whether the queue takes nothing more."""
+        try:
+            self.check_room()
+        except ResourceExhaustedError:
+            return True
+        return False
+
+    def check_room(self) -> None:
+        """Raises ResourceExhaustedError QUEUE_FULL where even a sequence of one token would not be queued."""
+        assert self.scheduler is not None
+        self.scheduler.check_room(1)
+
     def add(self, choice: ChoiceState, *, bounded: bool = True) -> None:
         """Take a sequence; `pump` makes it go. Raises ResourceExhaustedError (if `bounded`) or InvalidArgumentError where it
         cannot be queued."""

@@ -130,7 +130,12 @@ class Load:
                 self.faults.append(f"witness {index}: {len(tokens)} tokens, not those of the undisturbed run")
 
     async def cancelled(self) -> None:
-        """One request, given up at a random moment through a random door."""
+        """One request, given up at a random moment through a random door; refused ones do not count."""
+        while not await self._cancelled():  # noqa: ASYNC110
+            await asyncio.sleep(self.rng.uniform(0, 0.1))
+
+    async def _cancelled(self) -> bool:
+        """False where the gateway refused it because its queue was full."""
         rng = self.rng
         prompt, max_tokens = self.prompt(rng), rng.randrange(1, 2 * self.longest_answer)
         num_choices = rng.choice([1, 1, 1, 3])
@@ -138,8 +143,7 @@ class Load:
         after_s = rng.choice([0.0, rng.expovariate(100), rng.expovariate(5)])
         after_tokens = rng.choice([None, None, rng.randrange(1, max_tokens + 1)])
         if rng.random() < 0.2:
-            await self._cancelled_http(prompt, max_tokens, num_choices, after_s)
-            return
+            return await self._cancelled_http(prompt, max_tokens, num_choices, after_s)
         generation = self.generation(prompt, max_tokens, num_choices=num_choices)
         call = rng.choice(self._stubs).StreamGenerate(pb.StreamGenerateRequest(generation=generation))
 
@@ -163,8 +167,9 @@ class Load:
         finally:
             call.cancel()
         self.outcomes[outcome] += 1
+        return outcome != "RESOURCE_EXHAUSTED"
 
-    async def _cancelled_http(self, prompt: list[int], max_tokens: int, num_choices: int, after_s: float) -> None:
+    async def _cancelled_http(self, prompt: list[int], max_tokens: int, num_choices: int, after_s: float) -> bool:
         body = {
             "model": "toy", "prompt": prompt, "max_tokens": max_tokens, "n": num_choices, "temperature": 0,
             "ignore_eos": True, "stream": self.rng.random() < 0.5,
@@ -178,6 +183,7 @@ class Load:
         except TimeoutError:
             outcome = "http: disconnected"
         self.outcomes[outcome] += 1
+        return outcome != "http: 429"
 
     async def settled(self) -> str:
         """/metrics once the gateway has been idle and checked itself."""

@@ -63,6 +63,7 @@ class FakeEngine:
     cached_prompt_tokens: tuple[int, ...] = (0, 0)  # by choice
     fail_after: int | None = None
     failure: Exception | None = None
+    full: StagelineError | None = None
     finish_reason: FinishReason = FinishReason.LENGTH
     logprobs: tuple[float, ...] = (-0.5,)  # of every token, by choice
     is_ready: bool = True
@@ -75,6 +76,10 @@ class FakeEngine:
 
     def pipelines(self) -> tuple[PipelineStatus, ...]:
         return (PipelineStatus(id="0", epoch=3, state="ready", stages=(STAGE, STAGE), num_blocks=9),)
+
+    def check_room(self) -> None:
+        if self.full is not None:
+            raise self.full
 
     def spares(self) -> tuple[ReplicaStatus, ...]:
         return (STAGE,)

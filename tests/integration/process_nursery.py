@@ -101,7 +101,12 @@ async def stage(layers: Sequence[int], num_blocks: int, delay_s: float = 0.0, po
 
 
 async def gateway(
-    stages: Sequence[str], settings: dict[str, Any], max_context_tokens: int = 200, model: str | None = None
+    stages: Sequence[str],
+    settings: dict[str, Any],
+    max_context_tokens: int = 200,
+    model: str | None = None,
+    write_timeout_s: float = 60.0,
+    send_buffer_bytes: int = 0,
 ) -> None:
     """Both doors over an engine, until killed."""
     import uvicorn
@@ -132,9 +137,12 @@ async def gateway(
     await discovery.start()
     await asyncio.wait_for(engine.wait_ready(), 60)
     frontend = Frontend(engine, tokenizer, None, info)
-    grpc_server = await serve_grpc(frontend, "127.0.0.1", 0)
+    grpc_server = await serve_grpc(frontend, "127.0.0.1", 0, write_timeout_s=write_timeout_s)
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
-    http = uvicorn.Server(uvicorn.Config(create_http_app(lambda: frontend), log_level="error", lifespan="off"))
+    if send_buffer_bytes:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    app = create_http_app(lambda: frontend, write_timeout_s=write_timeout_s)
+    http = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     while not http.started:  # noqa: ASYNC110
         await asyncio.sleep(0.01)

@@ -41,6 +41,14 @@ def events(text: str) -> list[str]:
     return [block.removeprefix("data: ") for block in text.split("\n\n") if block]
 
 
+async def test_who_will_be_refused_is_refused_before_anything_is_computed(web, doors):
+    doors.engine.full = errors.ResourceExhaustedError("QUEUE_FULL", "full", retry_after_s=2.5)
+    answer = await web.post("/v1/completions", json={"model": "tiny", "prompt": "a" * 100_000, "stream": True})
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
+    assert answer.json()["error"]["code"] == "queue_full"
+    assert doors.engine.requests == []
+
+
 async def test_metrics_are_prometheus_text(web, doors):
     doors.engine.metrics.rejected("QUEUE_FULL")
     answer = await web.get("/metrics")

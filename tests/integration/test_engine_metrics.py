@@ -83,3 +83,26 @@ async def test_a_leak_is_counted_each_time_and_logged_once(cluster, caplog):
     assert values(engine)["invariant_violations_total"] >= 2 * 2, "blocks that are not free, and books that are wrong"
     assert caplog.text.count("2 KV blocks are not free") == 1
     assert engine.leaks()
+
+
+async def test_a_full_queue_is_known_before_a_request_is_read(cluster):
+    engine = await cluster.start(max_waiting_sequences=3, max_step_sequences=1)
+    await until(engine.ready)
+    engine.check_room()
+    tasks = [asyncio.create_task(collect(engine, request([i], max_tokens=100))) for i in range(3)]
+    await until(lambda: values(engine)["num_requests_running{pipeline=0}"] >= 1)
+    for i in range(3):
+        tasks.append(asyncio.create_task(collect(engine, request([i], max_tokens=100))))
+        await asyncio.sleep(0)
+    await until(lambda: values(engine)["num_requests_waiting{pipeline=0}"] == 3)
+    rejected = "requests_rejected_total{reason=QUEUE_FULL}"
+    before = values(engine).get(rejected, 0)
+    with pytest.raises(ResourceExhaustedError) as caught:
+        engine.check_room()
+    assert caught.value.reason == "QUEUE_FULL"
+    assert float(caught.value.metadata["retry_after_s"]) > 0
+    assert values(engine)[rejected] == before + 1
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    engine.check_room()

@@ -75,15 +75,24 @@ async def set_health(servicer: Any, serving: bool) -> None:
 
 
 async def serve_grpc(
-    frontend: Frontend, host: str, port: int, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+    frontend: Frontend,
+    host: str,
+    port: int,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    write_timeout_s: float = 600.0,
 ) -> GrpcServer:
-    """Listen and serve until `stop`. Raises ConfigError where the address cannot be bound."""
+    """Listen and serve until `stop`. Raises ConfigError where the address cannot be bound.
+
+    A stream ends when one of its messages has waited `write_timeout_s` for its reader.
+    """
     options = {
         **dict(OPTIONS),
         "grpc.max_receive_message_length": max_message_bytes,
         "grpc.max_send_message_length": max_message_bytes,
     }
-    server = grpc.aio.server(options=tuple(options.items()), interceptors=(TypedErrors((SERVICE, OPERATIONS)),))
+    interceptors = (TypedErrors((SERVICE, OPERATIONS), write_timeout_s),)
+    server = grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
     pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend), server)
     operations_pb_grpc.add_OperationsServiceServicer_to_server(OperationsServicer(frontend), server)
     health_servicer = vars(health)["aio"].HealthServicer()  # health.aio, which some type stubs leave out

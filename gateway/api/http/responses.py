@@ -9,9 +9,9 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from gateway.api.errors import as_typed
+from gateway.api.errors import as_typed, reader_stalled
 from gateway.api.http.errors import error_object, error_response
 
 DONE = b"data: [DONE]\n\n"
@@ -21,12 +21,15 @@ class AnswerResponse(Response):
     """Sends what `objects` yields: one JSON object, or with `streamed` one event each and `[DONE]`.
 
     The status waits for the first object, so an error before it has its own status; a later one is an event, and the
-    stream ends without `[DONE]`. When the client goes, `objects` is closed at once, also between two tokens and also
+    stream ends without `[DONE]`, as it does when a piece of it waits `write_timeout_s` for its reader. When the client goes, `objects` is closed at once, also between two tokens and also
     where nothing is streamed (starlette's own StreamingResponse leaves that to the garbage collector).
     """
 
-    def __init__(self, objects: AsyncGenerator[dict[str, Any]], *, streamed: bool, where: str) -> None:
+    def __init__(
+        self, objects: AsyncGenerator[dict[str, Any]], *, streamed: bool, where: str, write_timeout_s: float
+    ) -> None:
         super().__init__()
+        self._write_timeout_s = write_timeout_s
         self._objects, self._streamed, self._where = objects, streamed, where
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,7 +46,14 @@ class AnswerResponse(Response):
         if isinstance(outcome, Exception) and not isinstance(outcome, OSError):
             raise outcome
 
-    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send(self, scope: Scope, receive: Receive, unbounded_send: Send) -> None:
+        async def send(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._write_timeout_s):
+                    await unbounded_send(message)
+            except TimeoutError:
+                raise ConnectionAbortedError(str(reader_stalled(self._write_timeout_s))) from None
+
         async with aclosing(self._objects) as objects:
             try:
                 first = await anext(objects)
