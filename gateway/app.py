@@ -153,6 +153,8 @@ class Gateway:
             prefix_caching=parsed.kv_cache.prefix_caching,
             lease_s=parsed.pipelines.lease_s,
             stall_timeout_s=parsed.pipelines.stall_timeout_s,
+            canary_interval_s=parsed.pipelines.canary_interval_s,
+            unready_after_s=parsed.pipelines.unready_after_s,
             max_unread_tokens=parsed.server.max_unread_tokens,
             max_unread_tokens_total=parsed.server.max_unread_tokens_total,
         )

@@ -92,6 +92,12 @@ class PipelinesSection(_Section):
     stall_timeout_s: float = Field(
         60.0, gt=0, description="seconds without a returned step after which a stage that answers calls counts as hung"
     )
+    canary_interval_s: float = Field(
+        5.0, gt=0, description="seconds of quiet after which a token through all stages proves an idle pipeline"
+    )
+    unready_after_s: float = Field(
+        10.0, gt=0, description="seconds without a returned step after which a pipeline counts as not ready"
+    )
 
 
 class ServerSection(_Section):

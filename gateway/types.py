@@ -142,7 +142,8 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineStatus:
-    """One pipeline. `state`: forming, ready, recovering or draining. `stages[i]` is the replica of stage i. Preemptions
+    """One pipeline. `state`: forming, ready, stalled (no step comes back), recovering or
+    draining. `stages[i]` is the replica of stage i. Preemptions
     and recoveries count since the pipeline was first formed."""
 
     id: str

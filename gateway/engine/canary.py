@@ -1,4 +1,4 @@
-"""The canary: one greedy token through every stage proves a pipeline before clients depend on it."""
+"""The canary: one greedy token through every stage proves a pipeline before clients depend on it, and while it idles."""
 
 from __future__ import annotations
 
@@ -51,3 +51,20 @@ async def prove(
         answer.cancel()
         broken.cancel()
         lane.cancel(choice)
+
+
+async def keep_proving(
+    lane: Lane,
+    pipeline: Pipeline,
+    make_choice: Callable[[GenerateRequest, int, Deltas], ChoiceState],
+    *,
+    interval_s: float,
+    timeout_s: float,
+) -> None:
+    """Send a canary whenever no step came back for `interval_s` and none is out; steps of requests prove as much. Returns
+    never; raises what `prove` raises."""
+    while True:
+        quiet_s = lane.quiet_s()
+        if quiet_s >= interval_s and not lane.busy:
+            await prove(lane, pipeline, make_choice, timeout_s=timeout_s)
+        await asyncio.sleep(max(interval_s - quiet_s, interval_s / 4))

@@ -69,8 +69,8 @@ class Engine:
         await self._keeper.stop()
 
     def ready(self) -> bool:
-        """Whether a canary has passed every stage of some pipeline that still stands."""
-        return not self._stopping and any(lane.state == "ready" for lane in self._keeper.lanes)
+        """Whether a canary has passed every stage of some pipeline, and what it was sent since comes back."""
+        return not self._stopping and any(lane.moving for lane in self._keeper.lanes)
 
     async def wait_ready(self) -> None:
         """Return once `ready` holds."""
@@ -205,7 +205,7 @@ class Engine:
             )
 
     async def _place(self, request: GenerateRequest, choice: ChoiceState) -> Lane:
-        """The ready lane on which it has the least to wait for, cached prefix counted, else one that recovers; waits,
+        """The lane that moves and on which it has the least to wait for, cached prefix counted, else one that recovers; waits,
         within the deadline, while there is none."""
         num_tokens = request.num_choices * len(request.prompt_token_ids)
         self._check_unplaced(num_tokens)
@@ -220,7 +220,7 @@ class Engine:
                 if usable := self._usable():
                     if len(usable) == 1:
                         return usable[0]
-                    return min(usable, key=lambda lane: (lane.state != "ready", lane.cost_tokens(choice.sequence)))
+                    return min(usable, key=lambda lane: (not lane.moving, lane.cost_tokens(choice.sequence)))
                 changed = self._keeper.changed.wait()
                 try:
                     await asyncio.wait_for(

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 
-from gateway.engine.canary import prove
+from gateway.engine.canary import keep_proving, prove
 from gateway.engine.choice import ChoiceState
 from gateway.engine.deltas import Deltas
 from gateway.engine.lane import Lane, replica_status
@@ -93,6 +93,7 @@ class Keeper:
                 self._make_scheduler,
                 self.feed,
                 self._metrics,
+                unready_after_s=self._settings.unready_after_s,
                 check_integrity=self._settings.check_integrity,
             )
             self.lanes.append(lane)
@@ -183,8 +184,19 @@ class Keeper:
             lane.on_deaths([None if stage is None else StageProgress(*stage) for stage in progress])
 
     async def _until_over(self, lane: Lane, pipeline: Pipeline) -> None:
-        """Raises the cause when the pipeline breaks, STAGE_DRAINING when a stage drains and others can take over."""
+        """Raises the cause when the pipeline breaks or a canary does not come back, STAGE_DRAINING when a stage drains and
+        others can take over."""
+        settings = self._settings
         broken = asyncio.create_task(pipeline.broken.wait())
+        proving = asyncio.create_task(
+            keep_proving(
+                lane,
+                pipeline,
+                self._make_choice,
+                interval_s=settings.canary_interval_s,
+                timeout_s=settings.canary_timeout_s,
+            )
+        )
         try:
             while pipeline.cause is None:
                 draining = any(self._suspects.get(stage.incarnation) == math.inf for stage in pipeline.stages)
@@ -192,12 +204,16 @@ class Keeper:
                     raise UnavailableError("STAGE_DRAINING", "a stage is about to stop, others take over")
                 changed = asyncio.create_task(self.changed.wait())
                 try:
-                    await asyncio.wait({broken, changed}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({broken, changed, proving}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     changed.cancel()
+                if proving.done():
+                    proving.result()
             raise pipeline.cause
         finally:
             broken.cancel()
+            proving.cancel()
+            await asyncio.gather(proving, return_exceptions=True)
 
     def _hand_over(self, lane: Lane) -> bool:
         """Give up a lane that has no replicas while another one is ready: its sequences are computed again there."""

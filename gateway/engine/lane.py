@@ -43,6 +43,7 @@ class Lane:
         feed: StepFeed,
         metrics: Metrics,
         *,
+        unready_after_s: float,
         check_integrity: bool = False,
     ) -> None:
         self.name = name
@@ -58,12 +59,23 @@ class Lane:
         self._outbox = Outbox()
         self.num_tokens = 0
         """Tokens of requests since the pipeline was opened."""
+        self._unready_after_s = unready_after_s
+        self._moved_s = 0.0  # when a step came back, or the first of several was sent; on the monotonic clock
         self._handling_s = 0.0  # what the last result took here, until the next step was sent
 
     @property
     def load(self) -> int:
         """Sequences here, running or waiting."""
         return len(self._choices)
+
+    def quiet_s(self) -> float:
+        """Seconds since a step came back, or since the first of those that are out was sent."""
+        return time.monotonic() - self._moved_s
+
+    @property
+    def moving(self) -> bool:
+        """Whether requests can be served now: the pipeline is proven, and steps that are out come back."""
+        return self.state == "ready" and (not self._sent or self.quiet_s() < self._unready_after_s)
 
     @property
     def busy(self) -> bool:
@@ -82,6 +94,7 @@ class Lane:
         """Claim and wire a chain. Every sequence waits to be computed again; `pump` makes them go on."""
         await pipeline.open(self._on_result, on_draining)
         self._sent.clear()
+        self._moved_s = time.monotonic()
         self._outbox.clear()
         self.num_tokens = 0
         if self.scheduler is None:
@@ -204,7 +217,10 @@ class Lane:
 
     def _send(self, pipeline: Pipeline, batch: MicroBatch, choices: Mapping[int, ChoiceState]) -> None:
         if pipeline is self.pipeline and not pipeline.broken.is_set():
-            self._sent[batch.step_id] = batch, time.monotonic()
+            now_s = time.monotonic()
+            if not self._sent:
+                self._moved_s = now_s
+            self._sent[batch.step_id] = batch, now_s
             pipeline.send(build_step(batch, choices))
         for choice in choices.values():
             if choice.ended:  # its grammar failed
@@ -216,7 +232,7 @@ class Lane:
         return PipelineStatus(
             id=self.name,
             epoch=self.pipeline.epoch if self.pipeline else 0,
-            state=self.state,
+            state="stalled" if self.state == "ready" and not self.moving else self.state,
             stages=tuple(replica_status(stage, "connected" if self.pipeline else "claimed") for stage in self.stages),
             num_blocks=self.pipeline.num_blocks if self.pipeline else 0,
             num_free_blocks=scheduler.num_free_blocks if scheduler else 0,
@@ -242,6 +258,7 @@ class Lane:
         assert self.scheduler is not None
         arrived_s = time.monotonic()
         batch, sent_s = self._sent.pop(result.step_id)
+        self._moved_s = arrived_s
         if result.HasField("error"):
             cause = result.error
             error = InternalError(

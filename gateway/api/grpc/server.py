@@ -28,6 +28,10 @@ OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server that takes half the calls
+    # gRPC drops calls that we have not taken up yet, at random from 1,000 on, with CANCELLED, which tells a client nothing.
+    # We take a call up in a fraction of a millisecond and refuse it ourselves, with a reason and a time to come back.
+    ("grpc.server.max_pending_requests", 8192),
+    ("grpc.server.max_pending_requests_hard_limit", 16384),
     # Find dead clients behind silent networks: their sequences hold KV blocks.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -68,10 +72,11 @@ class GrpcServer:
 
 
 async def set_health(servicer: Any, serving: bool) -> None:
-    """For the server as a whole ("") and for InferenceService."""
+    """For the server as a whole ("") and for InferenceService; OperationsService needs no pipeline."""
     status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
     for service in ("", SERVICE):
         await servicer.set(service, status)
+    await servicer.set(OPERATIONS, health_pb2.HealthCheckResponse.SERVING)
 
 
 async def serve_grpc(
