@@ -151,10 +151,12 @@ class Engine:
         """Look for leaks once after each time of work. What is found is counted every time and logged once."""
         while True:
             await asyncio.sleep(IDLE_CHECK_PERIOD_S)
-            if not self._unchecked or self._num_open or any(lane.busy for lane in self._keeper.lanes):
+            if not self._unchecked or self._num_open:
                 continue
-            self._unchecked = False
             leaks = self.leaks()
+            if not leaks and any(lane.busy for lane in self._keeper.lanes):
+                continue  # what was cancelled is on its way back: look again
+            self._unchecked = False
             self.metrics.checked(len(leaks))
             for leak in leaks:
                 if leak not in self._leaks_seen:

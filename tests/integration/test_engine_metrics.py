@@ -16,7 +16,7 @@ from stageline.errors import DeadlineExceededError, ResourceExhaustedError
 async def cluster():
     running = Cluster()
     for start, end in ((0, 2), (2, NUM_LAYERS)):
-        await running.add_stage(start, end, delay_s=0.002)
+        await running.add_stage(start, end, delay_s=0.004)
     yield running
     await running.stop()
 
@@ -106,3 +106,13 @@ async def test_a_full_queue_is_known_before_a_request_is_read(cluster):
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     engine.check_room()
+
+
+async def test_a_sequence_that_goes_on_without_its_request_is_a_leak(cluster, monkeypatch):
+    engine = await cluster.start()
+    await until(engine.ready)
+    monkeypatch.setattr(engine, "_end", lambda choices, error: None)  # the bug
+    async with aclosing(engine.generate(request([5], max_tokens=190))) as deltas:
+        await anext(deltas)
+    await until(lambda: values(engine)["invariant_violations_total"] == 1, 3.0)
+    assert engine._keeper.lanes[0].busy, "found while it still runs"
