@@ -61,7 +61,7 @@ class Deltas:
         self._pending: dict[int, ChoiceDelta | _Merged] = {}  # by choice, the one that waits longest first
         self._size = 0
         self._error: StagelineError | None = None
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the one reader
 
     def put(self, delta: ChoiceDelta) -> bool:
         """Add a delta; False where the request is over, because of an error or since its reader is too far behind."""
@@ -76,8 +76,8 @@ class Deltas:
             merged = self._pending[delta.index] = _Merged(before)
             merged.add(before)
             merged.add(delta)
-        self._count(len(delta.token_ids) + sum(1 + len(one.top) for one in delta.logprobs))
-        self._changed.set()
+        self._count(_size(delta))
+        self._wake()
         if self._unread.too_much(self._size):
             size = self._size
             self._forget()
@@ -96,19 +96,19 @@ class Deltas:
         """End the request, after what is unread; the first error counts."""
         if self._error is None:
             self._error = error
-            self._changed.set()
+            self._wake()
 
     async def get(self) -> ChoiceDelta | StagelineError:
         """All that one choice has to say, or, after everything, the error."""
         while not self._pending:
             if self._error is not None:
                 return self._error
-            self._changed.clear()
-            await self._changed.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         index = next(iter(self._pending))
         found = self._pending.pop(index)
         delta = found.joined() if isinstance(found, _Merged) else found
-        self._count(-len(delta.token_ids) - sum(1 + len(one.top) for one in delta.logprobs))
+        self._count(-_size(delta))
         return delta
 
     def empty(self) -> bool:
@@ -119,6 +119,10 @@ class Deltas:
         """Nobody will read any more."""
         self._forget()
 
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
     def _forget(self) -> None:
         self._pending.clear()
         self._count(-self._size)
@@ -128,3 +132,9 @@ class Deltas:
         self._size += change
         self._unread.total += change
         self._unread.num_readers += (self._size > 0) - had
+
+
+def _size(delta: ChoiceDelta) -> int:
+    if not delta.logprobs:
+        return len(delta.token_ids)
+    return len(delta.token_ids) + sum(1 + len(one.top) for one in delta.logprobs)

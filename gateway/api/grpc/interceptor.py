@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -13,7 +12,8 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from gateway.api import request_id
-from gateway.api.errors import as_typed, reader_stalled
+from gateway.api.errors import as_typed
+from gateway.api.stalled import watched
 from stageline.errors import InvalidArgumentError
 from stageline.grpc_errors import to_status
 
@@ -92,13 +92,12 @@ def _stream(
     async def call(request: Any, context: Any) -> None:
         await context.send_initial_metadata(_name(request, context))
         try:
-            async with aclosing(method(_checked(request), context)) as responses:
+            async with (
+                watched(write_timeout_s) as watch,
+                aclosing(method(_checked(request), context)) as responses,
+            ):
                 async for response in responses:
-                    try:
-                        async with asyncio.timeout(write_timeout_s):
-                            await context.write(response)
-                    except TimeoutError:
-                        raise reader_stalled(write_timeout_s) from None
+                    await watch.write(context.write(response))
         except Exception as error:
             await _abort(context, error, name)
 

@@ -9,10 +9,12 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from gateway.api.errors import as_typed, reader_stalled
+from gateway.api.errors import as_typed
 from gateway.api.http.errors import error_object, error_response
+from gateway.api.stalled import watched
+from stageline.errors import ResourceExhaustedError
 
 DONE = b"data: [DONE]\n\n"
 
@@ -46,14 +48,14 @@ class AnswerResponse(Response):
         if isinstance(outcome, Exception) and not isinstance(outcome, OSError):
             raise outcome
 
-    async def _send(self, scope: Scope, receive: Receive, unbounded_send: Send) -> None:
-        async def send(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._write_timeout_s):
-                    await unbounded_send(message)
-            except TimeoutError:
-                raise ConnectionAbortedError(str(reader_stalled(self._write_timeout_s))) from None
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with watched(self._write_timeout_s) as watch:
+                await self._answer(scope, receive, lambda message: watch.write(send(message)))
+        except ResourceExhaustedError as error:  # the client cannot be told: what it does not read is before it
+            raise ConnectionAbortedError(error.message) from None
 
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._objects) as objects:
             try:
                 first = await anext(objects)
