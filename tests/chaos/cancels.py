@@ -38,7 +38,7 @@ from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
-STALL_S = 30.0
+STALL_S = 60.0
 SETTINGS = {"max_waiting_sequences": 48, "max_step_tokens": 48, "max_step_sequences": 12, "lease_s": 2.0}
 
 
@@ -197,6 +197,14 @@ class Load:
         self.outcomes[outcome] += 1
         return outcome != "http: 429"
 
+    async def until_recovered(self, kill: Callable[[], None]) -> None:
+        """Kill a stage; the pipeline comes back once it has been started again."""
+        before = metric((await self._web.get("/metrics")).text, "num_recoveries_total")
+        await asyncio.to_thread(kill)
+        async with asyncio.timeout(STALL_S):
+            while metric((await self._web.get("/metrics")).text, "num_recoveries_total") == before:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
     async def settled(self) -> str:
         """/metrics once the gateway has been idle and checked itself."""
         before = metric((await self._web.get("/metrics")).text, "invariant_checks_total")
@@ -212,13 +220,14 @@ async def run(load: Load, *, cancels: int, parallel: int, witnesses: int, kill: 
     """Cancel, watch, kill now and then; returns what happened, with every fault."""
     async with load:
         await load.learn(witnesses)
-        over, left = asyncio.Event(), iter(range(cancels))
+        over, left, killing = asyncio.Event(), iter(range(cancels)), asyncio.Lock()
 
         async def worker() -> None:
             for done in left:
                 await load.cancelled()
                 if kills and done % (cancels // kills) == cancels // kills // 2:
-                    await asyncio.to_thread(kill)
+                    async with killing:  # the others go on cancelling meanwhile
+                        await load.until_recovered(kill)
 
         began_s = time.monotonic()
         watching = [asyncio.create_task(load.watch(index, over)) for index in range(witnesses)]
