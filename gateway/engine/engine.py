@@ -6,7 +6,9 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from gateway.engine.choice import ChoiceState
 from gateway.engine.deltas import Deltas, Unread
@@ -25,6 +27,11 @@ logger = logging.getLogger("stageline.gateway")
 
 DRAIN_POLL_S = 0.05
 IDLE_CHECK_PERIOD_S = 0.5
+
+
+@dataclass(slots=True)
+class _Request:
+    queued: bool = False  # every sequence of it has its place in a queue
 
 
 class Engine:
@@ -95,43 +102,52 @@ class Engine:
         Raises for this request only: DeadlineExceededError, ResourceExhaustedError (queue full), UnavailableError
         (stopping), InvalidArgumentError (could never be held), InternalError (a stage could not execute its step).
         """
-        self._num_open += 1
-        self._unchecked, queued = True, False
         deltas = Deltas(self._unread)
         choices: list[ChoiceState] = []
         timer = None
+        with self._counted() as counted:
+            try:
+                choices += (
+                    self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)
+                )
+                lane = await self._place(request, choices[0])
+                if request.deadline_s is not None:
+                    loop = asyncio.get_running_loop()
+                    timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, deadline_exceeded())
+                for choice in choices:
+                    if not choice.ended:  # a resumed generation may have ended already
+                        lane.add(choice)
+                counted.queued = True
+                lane.pump()
+                num_open = len(choices)
+                while num_open:
+                    delta = await deltas.get()
+                    if isinstance(delta, StagelineError):
+                        raise delta
+                    num_open -= delta.finish_reason is not None
+                    yield delta
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                self._end(choices, None)
+                deltas.close()
+
+    @contextmanager
+    def _counted(self) -> Iterator[_Request]:
+        """Around all that a request does: counts it and how it ends. Whatever is here outside of it is a leak."""
+        self._num_open += 1
+        self._unchecked = True
+        request = _Request()
         try:
-            choices += (
-                self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)
-            )
-            lane = await self._place(request, choices[0])
-            if request.deadline_s is not None:
-                loop = asyncio.get_running_loop()
-                timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, deadline_exceeded())
-            for choice in choices:
-                if not choice.ended:  # a resumed generation may have ended already
-                    lane.add(choice)
-            queued = True
-            lane.pump()
-            num_open = len(choices)
-            while num_open:
-                delta = await deltas.get()
-                if isinstance(delta, StagelineError):
-                    raise delta
-                num_open -= delta.finish_reason is not None
-                yield delta
+            yield request
         except StagelineError as error:
-            refused = isinstance(error, ResourceExhaustedError | InvalidArgumentError) and not queued
+            refused = isinstance(error, ResourceExhaustedError | InvalidArgumentError) and not request.queued
             (self.metrics.rejected if refused else self.metrics.failed)(error.reason)
             raise
         except (GeneratorExit, asyncio.CancelledError):
             self.metrics.cancelled()
             raise
         finally:
-            if timer is not None:
-                timer.cancel()
-            self._end(choices, None)
-            deltas.close()
             self._num_open -= 1
 
     def leaks(self) -> tuple[str, ...]:

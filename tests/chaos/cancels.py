@@ -198,12 +198,19 @@ class Load:
         return outcome != "http: 429"
 
     async def until_recovered(self, kill: Callable[[], None]) -> None:
-        """Kill a stage; the pipeline comes back once it has been started again."""
-        before = metric((await self._web.get("/metrics")).text, "num_recoveries_total")
+        """Kill a stage and wait until it was started again and streams went on: a request that stages die of again and
+        again without a token in between would count as their killer."""
+        recoveries = await self._read("num_recoveries_total")
         await asyncio.to_thread(kill)
-        async with asyncio.timeout(STALL_S):
-            while metric((await self._web.get("/metrics")).text, "num_recoveries_total") == before:  # noqa: ASYNC110
+        async with asyncio.timeout(2 * STALL_S):
+            while await self._read("num_recoveries_total") == recoveries:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
+            tokens = await self._read("generation_tokens_total")
+            while await self._read("generation_tokens_total") < tokens + 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+    async def _read(self, name: str) -> float:
+        return metric((await self._web.get("/metrics")).text, name)
 
     async def settled(self) -> str:
         """/metrics once the gateway has been idle and checked itself."""
