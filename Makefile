@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check proto bench chaos clean
+.PHONY: setup demo test check proto bench chaos cancels clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -39,6 +39,10 @@ KILLS ?= 20
 SEED ?= 1
 chaos: setup
 	$(BIN)/python -m tests.chaos.kills --kills $(KILLS) --seed $(SEED)
+
+CANCELS ?= 10000
+cancels: setup
+	$(BIN)/python -m tests.chaos.cancels --cancels $(CANCELS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV)

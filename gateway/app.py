@@ -161,6 +161,10 @@ class Gateway:
             lease_s=parsed.pipelines.lease_s,
             stall_timeout_s=parsed.pipelines.stall_timeout_s,
             stage_access=StageAccess(**security.stage_files()),
+            canary_interval_s=parsed.pipelines.canary_interval_s,
+            unready_after_s=parsed.pipelines.unready_after_s,
+            max_unread_tokens=parsed.server.max_unread_tokens,
+            max_unread_tokens_total=parsed.server.max_unread_tokens_total,
         )
         self._drain_s = parsed.server.drain_timeout_s
         self._engine = Engine(
@@ -169,7 +173,12 @@ class Gateway:
         await self._engine.start()
         _frontend = Frontend(self._engine, tokenizer, template, model, doorkeeper)
         self._grpc = await serve_grpc(
-            _frontend, parsed.server.host, parsed.server.grpc_port, tls=tls, with_reflection=security.reflection
+            _frontend,
+            parsed.server.host,
+            parsed.server.grpc_port,
+            tls=tls,
+            with_reflection=security.reflection,
+            write_timeout_s=parsed.server.write_timeout_s,
         )
 
     async def __del__(self) -> None:

@@ -94,6 +94,12 @@ class PipelinesSection(_Section):
     stall_timeout_s: float = Field(
         60.0, gt=0, description="seconds without a returned step after which a stage that answers calls counts as hung"
     )
+    canary_interval_s: float = Field(
+        5.0, gt=0, description="seconds of quiet after which a token through all stages proves an idle pipeline"
+    )
+    unready_after_s: float = Field(
+        10.0, gt=0, description="seconds without a returned step after which a pipeline counts as not ready"
+    )
 
 
 class ServerSection(_Section):
@@ -103,6 +109,15 @@ class ServerSection(_Section):
     grpc_port: int = Field(9000, ge=0, le=65535, description="public gRPC port")
     http_port: int = Field(8000, ge=0, le=65535, description="OpenAI-compatible HTTP port (Ray Serve)")
     ready_timeout_s: float = Field(1800.0, gt=0, description="seconds `serve` waits for the first pipeline")
+    write_timeout_s: float = Field(
+        600.0, gt=0, description="seconds that one piece of a streamed answer may wait for its reader"
+    )
+    max_unread_tokens: int = Field(
+        1 << 16, ge=1, description="tokens and log-probabilities of one request that its client may leave unread"
+    )
+    max_unread_tokens_total: int = Field(
+        1 << 21, ge=1, description="the same of all requests; beyond it those furthest behind are ended"
+    )
     drain_timeout_s: float = Field(20.0, ge=0, description="seconds running requests get when the gateway stops")
 
 

@@ -145,7 +145,9 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineStatus:
-    """One pipeline. `state`: forming, ready, recovering or draining. `stages[i]` is the replica of stage i."""
+    """One pipeline. `state`: forming, ready, stalled (no step comes back), recovering or
+    draining. `stages[i]` is the replica of stage i. Preemptions
+    and recoveries count since the pipeline was first formed."""
 
     id: str
     epoch: int
@@ -155,6 +157,9 @@ class PipelineStatus:
     num_free_blocks: int = 0
     num_running_sequences: int = 0
     num_waiting_sequences: int = 0
+    num_waiting_tokens: int = 0
+    num_preemptions: int = 0
+    num_recoveries: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import logging
 
 from gateway.access import visit as visits
 from gateway.api.request_id import current
-from stageline.errors import InternalError, StagelineError
+from stageline.errors import InternalError, ResourceExhaustedError, StagelineError
 
 logger = logging.getLogger("stageline.gateway")
 
@@ -26,4 +26,13 @@ def _internal(error: Exception, where: str) -> InternalError:
     return InternalError(
         "INTERNAL", f"{where} failed inside the server; its log has the cause under request {name}",
         where=where, request_id=name,
+    )  # fmt: skip
+
+
+def reader_stalled(write_timeout_s: float) -> ResourceExhaustedError:
+    """The end of a stream whose client took nothing for so long. Logged: the client may never see it."""
+    logger.warning("request %s: its client read nothing for %g s, the stream is ended", current.get(), write_timeout_s)
+    return ResourceExhaustedError(
+        "READER_TOO_SLOW", f"the client reads too slowly: it took nothing for {write_timeout_s:g} s; "
+        "resume from what was read, and read faster",
     )  # fmt: skip

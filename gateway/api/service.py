@@ -19,6 +19,7 @@ from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt
 from gateway.api.tool_choice import with_tool_choice
 from gateway.api.validate import check_served, end_token_ids, validate
 from gateway.grammar import GrammarCompiler
+from gateway.metrics import Metrics
 from gateway.tokenizer import ChatTemplate, Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
 from stageline.errors import FailedPreconditionError
@@ -37,6 +38,10 @@ class EngineLike(Protocol):
         """An async generator of deltas; closing it cancels the request."""
         ...
 
+    def check_room(self) -> None:
+        """Raises what `generate` would raise for any request now: a full queue, a gateway that stops."""
+        ...
+
     def ready(self) -> bool:
         """Whether some pipeline can serve."""
         ...
@@ -51,6 +56,11 @@ class EngineLike(Protocol):
 
     def watch_steps(self) -> AsyncIterator[StreamStepsResponse]:
         """An async generator of the steps that come back from now on."""
+        ...
+
+    @property
+    def metrics(self) -> Metrics:
+        """What Prometheus reads."""
         ...
 
 
@@ -88,9 +98,10 @@ class Frontend:
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, end_token_ids(model))
 
     async def accept(self, raw: RawRequest) -> Accepted:
-        """Check, tokenize, put the tenant's name on it, compile the grammar. Raises what `check_served`, `with_tool_choice`, `encode`, `validate`,
-        `Visit.admit` and `GrammarCompiler.compile` raise."""
+        """Check, tokenize, put the tenant's name on it, compile the grammar. Raises what `engine.check_room`, `check_served`,
+        `with_tool_choice`, `encode`, `validate`, `Visit.admit` and `GrammarCompiler.compile` raise."""
         check_served(raw, self.model)
+        self.engine.check_room()  # a request that will be refused costs no more than this
         assert raw.prompt is not None
         raw, parse_tools = with_tool_choice(
             raw, takes_tools=bool(self.chat_template and self.chat_template.takes_tools)

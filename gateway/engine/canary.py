@@ -1,11 +1,12 @@
-"""The canary: one greedy token through every stage proves a pipeline before clients depend on it."""
+"""The canary: one greedy token through every stage proves a pipeline before clients depend on it, and while it idles."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-from gateway.engine.choice import ChoiceState, Deltas
+from gateway.engine.choice import ChoiceState
+from gateway.engine.deltas import Deltas
 from gateway.engine.lane import Lane
 from gateway.pipelines.pipeline import Pipeline
 from gateway.scheduler import PROBE_PRIORITY
@@ -33,7 +34,7 @@ async def prove(
         priority=PROBE_PRIORITY,
         use_prefix_cache=False,  # it is to be computed
     )
-    deltas: Deltas = asyncio.Queue()
+    deltas = Deltas()
     choice = make_choice(request, 0, deltas)
     lane.adopt(choice)
     answer = asyncio.create_task(deltas.get())
@@ -50,3 +51,20 @@ async def prove(
         answer.cancel()
         broken.cancel()
         lane.cancel(choice)
+
+
+async def keep_proving(
+    lane: Lane,
+    pipeline: Pipeline,
+    make_choice: Callable[[GenerateRequest, int, Deltas], ChoiceState],
+    *,
+    interval_s: float,
+    timeout_s: float,
+) -> None:
+    """Send a canary whenever no step came back for `interval_s` and none is out; steps of requests prove as much. Returns
+    never; raises what `prove` raises."""
+    while True:
+        quiet_s = lane.quiet_s()
+        if quiet_s >= interval_s and not lane.busy:
+            await prove(lane, pipeline, make_choice, timeout_s=timeout_s)
+        await asyncio.sleep(max(interval_s - quiet_s, interval_s / 4))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from dataclasses import dataclass
 
+from gateway.engine.deltas import Deltas
 from gateway.grammar import RowMasks, allows_only
+from gateway.metrics import Metrics
 from gateway.scheduler import Sequence
 from gateway.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 from stageline.errors import StagelineError
-
-Deltas = asyncio.Queue[ChoiceDelta | StagelineError]
 
 
 @dataclass(slots=True)
@@ -36,6 +36,9 @@ class ChoiceState:
         self.params: SamplingParams = request.sampling
         self.index, self.deltas = index, deltas
         self.ended = False
+        self.finish_reason: FinishReason | None = None
+        self.created_s = time.monotonic()
+        self._last_token_s: float | None = None
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, self.params.skip_special_tokens)
         self._matcher = StopMatcher(self.params.stop_strings, self.params.include_stop_string)
@@ -80,6 +83,18 @@ class ChoiceState:
             self.masks.advance(token_id)
         return self.ended
 
+    def measure(self, metrics: Metrics, now_s: float) -> None:
+        """A token came at `now_s`, on the monotonic clock; after `append`."""
+        if self._last_token_s is None:
+            prompt_tokens = len(self.sequence.prompt_token_ids)
+            cached_tokens = self.sequence.num_cached_prompt_tokens
+            metrics.first_token(now_s - self.created_s, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
+        else:
+            metrics.next_token(now_s - self._last_token_s)
+        self._last_token_s = now_s
+        if self.finish_reason is not None:
+            metrics.finished(self.finish_reason, now_s - self.created_s)
+
     def allowed_tokens(self) -> bytes:
         """Bitmask of the tokens the grammar allows at this position; empty without a grammar, or where it failed, which
         fails the request."""
@@ -95,7 +110,7 @@ class ChoiceState:
         """End the whole request with an error."""
         if not self.ended:
             self.ended = True
-            self.deltas.put_nowait(error)
+            self.deltas.fail(error)
 
     def _resume(self, token_ids: tuple[int, ...]) -> None:
         """Bring text and stops to where they were; what the client has is not sent again."""
@@ -125,8 +140,9 @@ class ChoiceState:
         return _Piece(text, FinishReason.LENGTH)
 
     def _send(self, piece: _Piece, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+        self.finish_reason = piece.finish_reason
         self.ended = piece.finish_reason is not None
-        self.deltas.put_nowait(
+        wanted = self.deltas.put(
             ChoiceDelta(
                 index=self.index,
                 text=piece.text,
@@ -137,3 +153,4 @@ class ChoiceState:
                 cached_prompt_tokens=self.sequence.num_cached_prompt_tokens,
             )
         )
+        self.ended = self.ended or not wanted

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from gateway.engine.choice import ChoiceState, Deltas
+from gateway.engine.choice import ChoiceState
+from gateway.engine.deltas import Deltas, Unread
+from gateway.engine.invariants import EngineState, find_leaks
 from gateway.engine.keeper import Keeper
 from gateway.engine.lane import Lane, deadline_exceeded
 from gateway.engine.settings import EngineSettings
+from gateway.metrics import Metrics
 from gateway.pipelines.discovery import Registry
 from gateway.tokenizer import Tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
-from stageline.errors import ResourceExhaustedError, StagelineError, UnavailableError
+from stageline.errors import InvalidArgumentError, ResourceExhaustedError, StagelineError, UnavailableError
 from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
 
+logger = logging.getLogger("stageline.gateway")
+
 DRAIN_POLL_S = 0.05
+IDLE_CHECK_PERIOD_S = 0.5
+
+
+@dataclass(slots=True)
+class _Request:
+    queued: bool = False  # every sequence of it has its place in a queue
 
 
 class Engine:
@@ -28,14 +42,24 @@ class Engine:
     ) -> None:
         self.model = model
         self._tokenizer, self._settings = tokenizer, settings
-        self._keeper = Keeper(registry, settings, fingerprint, self._make_choice)
+        self.metrics = Metrics(model.name, self.pipelines)
+        self._keeper = Keeper(registry, settings, fingerprint, self._make_choice, self.metrics)
         self._sequence_ids = itertools.count(1)
         self._num_unplaced = self._unplaced_tokens = 0
         self._stopping = False
+        self._num_open = 0
+        self._unread = Unread(settings.max_unread_tokens, settings.max_unread_tokens_total)
+        self.metrics.gauge("num_open_requests", "Requests in the engine.", lambda: self._num_open)
+        self.metrics.gauge("num_unplaced_requests", "Of those, no pipeline has them.", lambda: self._num_unplaced)
+        self.metrics.gauge("unread_tokens", "What clients have not read.", lambda: self._unread.total)
+        self._unchecked = False  # requests came since the engine was last checked
+        self._idle_checks: asyncio.Task[None] | None = None
+        self._leaks_seen: set[str] = set()
 
     async def start(self) -> None:
         """Begin to form pipelines as replicas appear."""
         self._keeper.start()
+        self._idle_checks = asyncio.create_task(self._check_when_idle())
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `drain_s` seconds, then end them with UNAVAILABLE."""
@@ -46,11 +70,14 @@ class Engine:
             await asyncio.sleep(DRAIN_POLL_S)
         for lane in self._keeper.lanes:
             lane.fail_all(_stopping())
+        if self._idle_checks is not None:
+            self._idle_checks.cancel()
+            await asyncio.gather(self._idle_checks, return_exceptions=True)
         await self._keeper.stop()
 
     def ready(self) -> bool:
-        """Whether a canary has passed every stage of some pipeline that still stands."""
-        return not self._stopping and any(lane.state == "ready" for lane in self._keeper.lanes)
+        """Whether a canary has passed every stage of some pipeline, and what it was sent since comes back."""
+        return not self._stopping and any(lane.moving for lane in self._keeper.lanes)
 
     async def wait_ready(self) -> None:
         """Return once `ready` holds."""
@@ -75,29 +102,82 @@ class Engine:
         Raises for this request only: DeadlineExceededError, ResourceExhaustedError (queue full), UnavailableError
         (stopping), InvalidArgumentError (could never be held), InternalError (a stage could not execute its step).
         """
-        deltas: Deltas = asyncio.Queue()
-        choices = [self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)]
-        lane = await self._place(request, choices[0])
-        num_open = len(choices)
-        loop = asyncio.get_running_loop()
+        deltas = Deltas(self._unread)
+        choices: list[ChoiceState] = []
         timer = None
-        if request.deadline_s is not None:
-            timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, deadline_exceeded())
+        with self._counted() as counted:
+            try:
+                choices += (
+                    self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)
+                )
+                lane = await self._place(request, choices[0])
+                if request.deadline_s is not None:
+                    loop = asyncio.get_running_loop()
+                    timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, deadline_exceeded())
+                for choice in choices:
+                    if not choice.ended:  # a resumed generation may have ended already
+                        lane.add(choice)
+                counted.queued = True
+                lane.pump()
+                num_open = len(choices)
+                while num_open:
+                    delta = await deltas.get()
+                    if isinstance(delta, StagelineError):
+                        raise delta
+                    num_open -= delta.finish_reason is not None
+                    yield delta
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                self._end(choices, None)
+                deltas.close()
+
+    @contextmanager
+    def _counted(self) -> Iterator[_Request]:
+        """Around all that a request does: counts it and how it ends. Whatever is here outside of it is a leak."""
+        self._num_open += 1
+        self._unchecked = True
+        request = _Request()
         try:
-            for choice in choices:
-                if not choice.ended:  # a resumed generation may have ended already
-                    lane.add(choice)
-            lane.pump()
-            while num_open:
-                delta = await deltas.get()
-                if isinstance(delta, StagelineError):
-                    raise delta
-                num_open -= delta.finish_reason is not None
-                yield delta
+            yield request
+        except StagelineError as error:
+            refused = isinstance(error, ResourceExhaustedError | InvalidArgumentError) and not request.queued
+            (self.metrics.rejected if refused else self.metrics.failed)(error.reason)
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            self.metrics.cancelled()
+            raise
         finally:
-            if timer is not None:
-                timer.cancel()
-            self._end(choices, None)
+            self._num_open -= 1
+
+    def leaks(self) -> tuple[str, ...]:
+        """What is left of requests that ended, in sentences; a bug where there is any. () while requests are served."""
+        return find_leaks(
+            EngineState(
+                num_open=self._num_open,
+                num_unplaced=self._num_unplaced,
+                unplaced_tokens=self._unplaced_tokens,
+                num_pipelines=len(self._keeper.open_pipelines),
+                num_chains=sum(bool(lane.stages) for lane in self._keeper.lanes),
+                lanes=tuple(lane.holdings() for lane in self._keeper.lanes),
+            )
+        )
+
+    async def _check_when_idle(self) -> None:
+        """Look for leaks once after each time of work. What is found is counted every time and logged once."""
+        while True:
+            await asyncio.sleep(IDLE_CHECK_PERIOD_S)
+            if not self._unchecked or self._num_open:
+                continue
+            leaks = self.leaks()
+            if not leaks and any(lane.busy for lane in self._keeper.lanes):
+                continue  # what was cancelled is on its way back: look again
+            self._unchecked = False
+            self.metrics.checked(len(leaks))
+            for leak in leaks:
+                if leak not in self._leaks_seen:
+                    self._leaks_seen.add(leak)
+                    logger.critical("INVARIANT VIOLATED, please report: nothing runs, but there is left: %s", leak)
 
     def _make_choice(self, request: GenerateRequest, index: int, deltas: Deltas) -> ChoiceState:
         return ChoiceState(
@@ -112,11 +192,25 @@ class Engine:
             for lane in self._keeper.lanes:
                 lane.cancel(choice)
 
-    async def _place(self, request: GenerateRequest, choice: ChoiceState) -> Lane:
-        """The ready lane on which it has the least to wait for, cached prefix counted, else one that recovers; waits,
-        within the deadline, while there is none."""
+    def check_room(self) -> None:
+        """Raises ResourceExhaustedError or UnavailableError where even a request of one token would not be queued now."""
+        try:
+            if self._stopping:
+                raise _stopping()
+            usable = self._usable()
+            if not usable:
+                self._check_unplaced(1)
+            elif all(lane.full for lane in usable):
+                min(usable, key=lambda lane: lane.load).check_room()
+        except StagelineError as error:
+            self.metrics.rejected(error.reason)
+            raise
+
+    def _usable(self) -> list[Lane]:
+        return [lane for lane in self._keeper.lanes if lane.state in ("ready", "recovering")]
+
+    def _check_unplaced(self, num_tokens: int) -> None:
         limits = self._settings
-        num_tokens = request.num_choices * len(request.prompt_token_ids)
         full = self._num_unplaced and self._unplaced_tokens + num_tokens > limits.max_waiting_tokens
         if full or self._num_unplaced >= limits.max_waiting_sequences:
             raise ResourceExhaustedError(
@@ -127,6 +221,12 @@ class Engine:
                 waiting=self._num_unplaced,
                 waiting_tokens=self._unplaced_tokens,
             )
+
+    async def _place(self, request: GenerateRequest, choice: ChoiceState) -> Lane:
+        """The lane that moves and on which it has the least to wait for, cached prefix counted, else one that recovers; waits,
+        within the deadline, while there is none."""
+        num_tokens = request.num_choices * len(request.prompt_token_ids)
+        self._check_unplaced(num_tokens)
         self._num_unplaced += 1
         self._unplaced_tokens += num_tokens
         try:
@@ -135,11 +235,10 @@ class Engine:
                     raise _stopping()
                 if request.deadline_s is not None and request.deadline_s <= time.monotonic():
                     raise deadline_exceeded()
-                usable = [lane for lane in self._keeper.lanes if lane.state in ("ready", "recovering")]
-                if usable:
+                if usable := self._usable():
                     if len(usable) == 1:
                         return usable[0]
-                    return min(usable, key=lambda lane: (lane.state != "ready", lane.cost_tokens(choice.sequence)))
+                    return min(usable, key=lambda lane: (not lane.moving, lane.cost_tokens(choice.sequence)))
                 changed = self._keeper.changed.wait()
                 try:
                     await asyncio.wait_for(

@@ -10,12 +10,14 @@ import math
 import time
 from collections.abc import Callable
 
-from gateway.engine.canary import prove
-from gateway.engine.choice import ChoiceState, Deltas
+from gateway.engine.canary import keep_proving, prove
+from gateway.engine.choice import ChoiceState
+from gateway.engine.deltas import Deltas
 from gateway.engine.lane import Lane, replica_status
 from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings
 from gateway.engine.watch import StepFeed
+from gateway.metrics import Metrics
 from gateway.pipelines.discovery import Registry, ReplicaRecord, describe, new_owner_id
 from gateway.pipelines.form import Chain, chain
 from gateway.pipelines.pipeline import Pipeline
@@ -35,13 +37,21 @@ MakeChoice = Callable[[GenerateRequest, int, Deltas], ChoiceState]
 class Keeper:
     """All lanes of an engine. Lives on one event loop."""
 
-    def __init__(self, registry: Registry, settings: EngineSettings, fingerprint: str, make_choice: MakeChoice) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        settings: EngineSettings,
+        fingerprint: str,
+        make_choice: MakeChoice,
+        metrics: Metrics,
+    ) -> None:
         self.lanes: list[Lane] = []
         self.feed = StepFeed()
         self.changed = asyncio.Event()  # replaced at every change of membership or readiness
         self._membership = asyncio.Event()  # replaced at every change of membership
         self._registry, self._settings, self._fingerprint = registry, settings, fingerprint
-        self._make_choice = make_choice
+        self._make_choice, self._metrics = make_choice, metrics
+        self.open_pipelines: set[Pipeline] = set()  # those that may hold leases, streams and tasks
         self._owner_id = new_owner_id()
         self._lane_numbers = itertools.count()
         self._suspects: dict[str, float] = {}  # incarnation → until when, on the monotonic clock
@@ -82,6 +92,8 @@ class Keeper:
                 str(next(self._lane_numbers)),
                 self._make_scheduler,
                 self.feed,
+                self._metrics,
+                unready_after_s=self._settings.unready_after_s,
                 check_integrity=self._settings.check_integrity,
             )
             self.lanes.append(lane)
@@ -103,7 +115,7 @@ class Keeper:
 
         A lane without a chain hands its sequences to one that is ready and ends.
         """
-        restarts = Restarts()
+        restarts, proven = Restarts(), False
         while True:
             stages = self._pick(self._trusted(lane))
             if stages is None and self._hand_over(lane):
@@ -118,11 +130,13 @@ class Keeper:
                 stages, owner_id=self._owner_id, lease_s=self._settings.lease_s,
                 stall_timeout_s=self._settings.stall_timeout_s, access=self._settings.stage_access,
             )  # fmt: skip
+            self.open_pipelines.add(pipeline)
             try:
                 await lane.open(pipeline, self._on_draining)
                 opened = True
                 await prove(lane, pipeline, self._make_choice, timeout_s=self._settings.canary_timeout_s)
-                lane.state = "ready"
+                lane.num_recoveries += proven
+                lane.state, proven = "ready", True
                 self.notify()
                 logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch)
                 await self._until_over(lane, pipeline)
@@ -135,6 +149,7 @@ class Keeper:
                 if opened:
                     await self._account(lane, pipeline)
                 await pipeline.close()
+                self.open_pipelines.discard(pipeline)
             restarts = restarts.after(opened=opened, progressed=opened and lane.num_tokens > 0)
             if restarts.exhausted:
                 lane.fail_all(
@@ -169,8 +184,19 @@ class Keeper:
             lane.on_deaths([None if stage is None else StageProgress(*stage) for stage in progress])
 
     async def _until_over(self, lane: Lane, pipeline: Pipeline) -> None:
-        """Raises the cause when the pipeline breaks, STAGE_DRAINING when a stage drains and others can take over."""
+        """Raises the cause when the pipeline breaks or a canary does not come back, STAGE_DRAINING when a stage drains and
+        others can take over."""
+        settings = self._settings
         broken = asyncio.create_task(pipeline.broken.wait())
+        proving = asyncio.create_task(
+            keep_proving(
+                lane,
+                pipeline,
+                self._make_choice,
+                interval_s=settings.canary_interval_s,
+                timeout_s=settings.canary_timeout_s,
+            )
+        )
         try:
             while pipeline.cause is None:
                 draining = any(self._suspects.get(stage.incarnation) == math.inf for stage in pipeline.stages)
@@ -178,12 +204,16 @@ class Keeper:
                     raise UnavailableError("STAGE_DRAINING", "a stage is about to stop, others take over")
                 changed = asyncio.create_task(self.changed.wait())
                 try:
-                    await asyncio.wait({broken, changed}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({broken, changed, proving}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     changed.cancel()
+                if proving.done():
+                    proving.result()
             raise pipeline.cause
         finally:
             broken.cancel()
+            proving.cancel()
+            await asyncio.gather(proving, return_exceptions=True)
 
     def _hand_over(self, lane: Lane) -> bool:
         """Give up a lane that has no replicas while another one is ready: its sequences are computed again there."""

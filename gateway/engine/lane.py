@@ -8,10 +8,12 @@ from collections.abc import Sequence as Sequence_
 from functools import partial
 
 from gateway.engine.choice import ChoiceState
+from gateway.engine.invariants import LaneState
 from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
 from gateway.engine.watch import StepFeed, describe_step
 from gateway.grammar import Outbox
+from gateway.metrics import Metrics
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from gateway.pipelines.pipeline import Pipeline
@@ -39,7 +41,9 @@ class Lane:
         name: str,
         make_scheduler: Callable[[Pipeline], Scheduler],
         feed: StepFeed,
+        metrics: Metrics,
         *,
+        unready_after_s: float,
         check_integrity: bool = False,
     ) -> None:
         self.name = name
@@ -48,18 +52,36 @@ class Lane:
         self.scheduler: Scheduler | None = None
         self.pipeline: Pipeline | None = None
         self.stages: Chain = ()  # replicas in use; set before they are claimed, so that no other lane takes them
-        self._make_scheduler, self._check_integrity = make_scheduler, check_integrity
+        self.num_recoveries = 0
+        self._make_scheduler, self._metrics, self._check_integrity = make_scheduler, metrics, check_integrity
         self._choices: dict[int, ChoiceState] = {}
         self._sent: dict[int, tuple[MicroBatch, float]] = {}  # by step id; when, on the monotonic clock
         self._outbox = Outbox()
         self.num_tokens = 0
         """Tokens of requests since the pipeline was opened."""
+        self._unready_after_s = unready_after_s
+        self._moved_s = 0.0  # when a step came back, or the first of several was sent; on the monotonic clock
         self._handling_s = 0.0  # what the last result took here, until the next step was sent
 
     @property
     def load(self) -> int:
         """Sequences here, running or waiting."""
         return len(self._choices)
+
+    def quiet_s(self) -> float:
+        """Seconds since a step came back, or since the first of those that are out was sent."""
+        return time.monotonic() - self._moved_s
+
+    @property
+    def moving(self) -> bool:
+        """Whether requests can be served now: the pipeline is proven, and steps that are out come back."""
+        return self.state == "ready" and (not self._sent or self.quiet_s() < self._unready_after_s)
+
+    @property
+    def busy(self) -> bool:
+        """Whether steps are out whose return will still give blocks back."""
+        in_flight = self.scheduler is not None and self.scheduler.num_in_flight > 0
+        return in_flight and self.pipeline is not None and not self.pipeline.broken.is_set()
 
     def cost_tokens(self, sequence: Sequence) -> int:
         """What stands between a new sequence and its first token here, in prompt tokens to compute."""
@@ -72,6 +94,7 @@ class Lane:
         """Claim and wire a chain. Every sequence waits to be computed again; `pump` makes them go on."""
         await pipeline.open(self._on_result, on_draining)
         self._sent.clear()
+        self._moved_s = time.monotonic()
         self._outbox.clear()
         self.num_tokens = 0
         if self.scheduler is None:
@@ -122,6 +145,20 @@ class Lane:
         """The pipeline is over; sequences stay and wait for the next one."""
         self.pipeline = None
         self.state = "forming" if self.scheduler is None else "recovering"
+
+    @property
+    def full(self) -> bool:
+        """Whether the queue takes nothing more."""
+        try:
+            self.check_room()
+        except ResourceExhaustedError:
+            return True
+        return False
+
+    def check_room(self) -> None:
+        """Raises ResourceExhaustedError QUEUE_FULL where even a sequence of one token would not be queued."""
+        assert self.scheduler is not None
+        self.scheduler.check_room(1)
 
     def add(self, choice: ChoiceState, *, bounded: bool = True) -> None:
         """Take a sequence; `pump` makes it go. Raises ResourceExhaustedError (if `bounded`) or InvalidArgumentError where it
@@ -180,7 +217,10 @@ class Lane:
 
     def _send(self, pipeline: Pipeline, batch: MicroBatch, choices: Mapping[int, ChoiceState]) -> None:
         if pipeline is self.pipeline and not pipeline.broken.is_set():
-            self._sent[batch.step_id] = batch, time.monotonic()
+            now_s = time.monotonic()
+            if not self._sent:
+                self._moved_s = now_s
+            self._sent[batch.step_id] = batch, now_s
             pipeline.send(build_step(batch, choices))
         for choice in choices.values():
             if choice.ended:  # its grammar failed
@@ -192,18 +232,33 @@ class Lane:
         return PipelineStatus(
             id=self.name,
             epoch=self.pipeline.epoch if self.pipeline else 0,
-            state=self.state,
+            state="stalled" if self.state == "ready" and not self.moving else self.state,
             stages=tuple(replica_status(stage, "connected" if self.pipeline else "claimed") for stage in self.stages),
             num_blocks=self.pipeline.num_blocks if self.pipeline else 0,
             num_free_blocks=scheduler.num_free_blocks if scheduler else 0,
             num_running_sequences=scheduler.num_running if scheduler else 0,
             num_waiting_sequences=scheduler.num_waiting if scheduler else 0,
+            num_waiting_tokens=scheduler.num_waiting_tokens if scheduler else 0,
+            num_preemptions=scheduler.num_preemptions if scheduler else 0,
+            num_recoveries=self.num_recoveries,
+        )
+
+    def holdings(self) -> LaneState:
+        """For the check of an idle engine."""
+        return LaneState(
+            name=self.name,
+            num_choices=len(self._choices),
+            num_probes=sum(choice.sequence.priority >= PROBE_PRIORITY for choice in self._choices.values()),
+            num_sent=len(self._sent),
+            num_held=len(self._outbox),
+            scheduler=self.scheduler,
         )
 
     def _on_result(self, result: pb.StepResult) -> None:
         assert self.scheduler is not None
         arrived_s = time.monotonic()
         batch, sent_s = self._sent.pop(result.step_id)
+        self._moved_s = arrived_s
         if result.HasField("error"):
             cause = result.error
             error = InternalError(
@@ -219,13 +274,15 @@ class Lane:
                     describe_step(self.name, self.pipeline.epoch, batch, result, sent_s=sent_s, returned_s=arrived_s)
                 )
             timing = step_timing(result, arrived_s - sent_s + self._handling_s)
-            self._on_rows(batch, {row.sequence_id: row for row in result.rows}, timing)
+            self._on_rows(batch, {row.sequence_id: row for row in result.rows}, timing, arrived_s)
         self.pump()
         self._handling_s = time.monotonic() - arrived_s
         if self._check_integrity and not self.scheduler.num_in_flight:
             check_integrity(self.scheduler)
 
-    def _on_rows(self, batch: MicroBatch, results: dict[int, pb.RowResult], timing: StepTiming | None) -> None:
+    def _on_rows(
+        self, batch: MicroBatch, results: dict[int, pb.RowResult], timing: StepTiming | None, arrived_s: float
+    ) -> None:
         assert self.scheduler is not None
         wanted: list[tuple[ChoiceState, pb.RowResult, int]] = []
         for row in batch.rows:
@@ -263,6 +320,7 @@ class Lane:
                 ended = True
             if choice.sequence.priority < PROBE_PRIORITY:
                 self.num_tokens += 1
+                choice.measure(self._metrics, arrived_s)
             if ended:
                 self._drop(choice)
 

@@ -12,7 +12,9 @@ from stages.server.access import OPEN, StageAccess
 class EngineSettings:
     """`max_waiting_*` bound the queue of one pipeline and that of the requests no pipeline has taken yet; what bounds
     micro-batches and the cache is in SchedulerLimits. `check_integrity` lets every idle scheduler verify its invariants
-    (tests, debugging). `stage_access`: how stages know us, and we them.
+    (tests, debugging). `stage_access`: how stages know us, and we them. After `canary_interval_s` without a step a canary
+    proves a pipeline; one whose steps do not come back for `unready_after_s` is not ready. `max_unread_*` bound what
+    clients leave unread, of one request and of all; see deltas.py.
     """
 
     max_step_tokens: int = 2048
@@ -25,6 +27,10 @@ class EngineSettings:
     lease_s: float = 10.0
     stall_timeout_s: float = 60.0
     canary_timeout_s: float = 120.0
+    canary_interval_s: float = 5.0
+    unready_after_s: float = 10.0
+    max_unread_tokens: int = 1 << 16
+    max_unread_tokens_total: int = 1 << 21
     check_integrity: bool = False
     stage_access: StageAccess = OPEN
 

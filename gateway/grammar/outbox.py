@@ -14,6 +14,10 @@ class Outbox:
     def __init__(self) -> None:
         self._waiting: deque[tuple[list[asyncio.Future[Any]], Callable[[], None]]] = deque()
 
+    def __len__(self) -> int:
+        """Callbacks that wait."""
+        return len(self._waiting)
+
     def put(self, needs: Sequence[asyncio.Future[Any]], send: Callable[[], None]) -> None:
         """Send at once where nothing is missing; failed futures count as done."""
         missing = [future for future in needs if not future.done()]

@@ -85,7 +85,7 @@ class Ledger:
                 capacity_tokens=capacity,
             )
         if bounded:
-            self._check_room(sequence)
+            self.check_room(sequence.num_tokens)
         sequence.arrival = self._num_added
         self._num_added += 1
         self._sequences[sequence.sequence_id] = sequence
@@ -97,12 +97,13 @@ class Ledger:
         if sequence.deadline_s is not None:
             heappush(self._deadlines, (sequence.deadline_s, sequence.arrival, sequence))
 
-    def _check_room(self, sequence: Sequence) -> None:
+    def check_room(self, num_tokens: int) -> None:
+        """Raises ResourceExhaustedError QUEUE_FULL where a sequence of so many tokens would not be queued."""
         limits, waiting = self.limits, self._waiting
         for what, used, asked, limit in (
             ("sequences", len(waiting), 1, limits.max_waiting_sequences),
             # One that waits alone is let in however long it is: `_fits` bounds it.
-            ("tokens", waiting.num_tokens, sequence.num_tokens if len(waiting) else 0, limits.max_waiting_tokens),
+            ("tokens", waiting.num_tokens, num_tokens if len(waiting) else 0, limits.max_waiting_tokens),
         ):
             if used + asked > limit:
                 retry_after_s = self._drain_rate.retry_after_s(waiting.num_tokens, self._now_s)
@@ -305,6 +306,16 @@ class Ledger:
     def num_waiting(self) -> int:
         """Sequences that hold no blocks: new, preempted, or sent back by a reset."""
         return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to prefill for those, where nothing is cached."""
+        return self._waiting.num_tokens
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of this epoch."""
+        return self._pool.num_blocks
 
     @property
     def num_free_blocks(self) -> int:

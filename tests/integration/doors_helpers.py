@@ -19,6 +19,7 @@ from gateway.access import Doorkeeper
 from gateway.api.grpc.server import serve_grpc
 from gateway.api.http.app import create_http_app
 from gateway.api.service import Frontend
+from gateway.metrics import Metrics
 from gateway.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
 from gateway.types import (
     ChoiceDelta,
@@ -63,9 +64,11 @@ class FakeEngine:
     cached_prompt_tokens: tuple[int, ...] = (0, 0)  # by choice
     fail_after: int | None = None
     failure: Exception | None = None
+    full: StagelineError | None = None
     finish_reason: FinishReason = FinishReason.LENGTH
     logprobs: tuple[float, ...] = (-0.5,)  # of every token, by choice
     is_ready: bool = True
+    metrics: Metrics = field(default_factory=lambda: Metrics("tiny", lambda: ()))
     requests: list[GenerateRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
 
@@ -74,6 +77,10 @@ class FakeEngine:
 
     def pipelines(self) -> tuple[PipelineStatus, ...]:
         return (PipelineStatus(id="0", epoch=3, state="ready", stages=(STAGE, STAGE), num_blocks=9),)
+
+    def check_room(self) -> None:
+        if self.full is not None:
+            raise self.full
 
     def spares(self) -> tuple[ReplicaStatus, ...]:
         return (STAGE,)

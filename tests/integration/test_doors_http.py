@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 from doors_helpers import Doors, failing, open_doors, until
+from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.api.http.app import MAX_BODY_BYTES
 from stageline import errors
@@ -38,6 +39,23 @@ def events(text: str) -> list[str]:
     """Data of the server-sent events."""
     assert all(block.startswith("data: ") for block in text.split("\n\n") if block)
     return [block.removeprefix("data: ") for block in text.split("\n\n") if block]
+
+
+async def test_who_will_be_refused_is_refused_before_anything_is_computed(web, doors):
+    doors.engine.full = errors.ResourceExhaustedError("QUEUE_FULL", "full", retry_after_s=2.5)
+    answer = await web.post("/v1/completions", json={"model": "tiny", "prompt": "a" * 100_000, "stream": True})
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
+    assert answer.json()["error"]["code"] == "queue_full"
+    assert doors.engine.requests == []
+
+
+async def test_metrics_are_prometheus_text(web, doors):
+    doors.engine.metrics.rejected("QUEUE_FULL")
+    answer = await web.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    (sample,) = (s for s in families["stageline:requests_rejected"].samples if s.name.endswith("_total"))
+    assert (sample.labels, sample.value) == ({"model_name": "tiny", "reason": "QUEUE_FULL"}, 1)
 
 
 async def test_models_and_probes(client, web, doors):

@@ -16,6 +16,7 @@ from tokenizer_helpers import write_folder
 from gateway.api.grpc.servicer import InferenceServicer
 from gateway.api.service import Frontend
 from gateway.engine.choice import ChoiceState
+from gateway.engine.deltas import Deltas
 from gateway.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus, TokenLogprobs
 from stageline.client.collect import Collector
@@ -60,11 +61,14 @@ class ScriptedEngine:
     def pipelines(self) -> tuple[PipelineStatus, ...]:
         return ()
 
+    def check_room(self) -> None:
+        pass
+
     def spares(self) -> tuple[ReplicaStatus, ...]:
         return ()
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[ChoiceDelta]:
-        deltas: asyncio.Queue = asyncio.Queue()
+        deltas = Deltas()
         choices = [
             ChoiceState(request, request.first_choice + i, i, self._tokenizer, CONTEXT_TOKENS, deltas)
             for i in range(request.num_choices)
@@ -78,7 +82,7 @@ class ScriptedEngine:
                 choice.sequence.output_token_ids.append(token)
                 choice.append(token, TokenLogprobs(token, -place / 8 - choice.index, ((token, -0.5), (place, -1.5))))
             while not deltas.empty():
-                yield deltas.get_nowait()
+                yield await deltas.get()
 
 
 class Context:
@@ -175,7 +179,7 @@ def test_a_cut_within_a_tool_call_while_a_stop_string_is_held_back(tokenizer):
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_any_cuts_of_any_answer(tokenizer, data):
     num_choices = data.draw(st.integers(1, 3), label="num_choices")
     piece = st.sampled_from(PIECES).map(tokenizer.encode) | st.integers(0, tokenizer.vocab_size - 1).map(lambda i: [i])

@@ -13,6 +13,7 @@ from grpc_status import rpc_status
 
 from gateway.api import request_id
 from gateway.api.errors import as_typed
+from gateway.api.stalled import watched
 from stageline.errors import InvalidArgumentError
 from stageline.grpc_errors import to_status
 
@@ -30,7 +31,9 @@ COMPRESS_BYTES = 16 * 1024  # answers this long are worth gzip; a stream's messa
 class TypedErrors(_Interceptor):
     """Wraps the methods of the services named; the others (health, reflection) pass untouched."""
 
-    def __init__(self, services: tuple[str, ...]) -> None:
+    def __init__(self, services: tuple[str, ...], write_timeout_s: float = 600.0) -> None:
+        """`write_timeout_s`: how long one message of a stream may wait for its reader."""
+        self._write_timeout_s = write_timeout_s
         self._prefixes = tuple(f"/{service}/" for service in services)
 
     async def intercept_service(
@@ -43,7 +46,9 @@ class TypedErrors(_Interceptor):
         wrap = {"request_deserializer": _tolerant(handler.request_deserializer)}
         wrap["response_serializer"] = handler.response_serializer
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, details.method), **wrap)
+            return grpc.unary_stream_rpc_method_handler(
+                _stream(handler.unary_stream, details.method, self._write_timeout_s), **wrap
+            )
         return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, details.method), **wrap)
 
 
@@ -77,7 +82,9 @@ def _unary(method: Callable[[Any, Any], Awaitable[Any]], name: str) -> Callable[
     return call
 
 
-def _stream(method: Callable[[Any, Any], Any], name: str) -> Callable[[Any, Any], Awaitable[None]]:
+def _stream(
+    method: Callable[[Any, Any], Any], name: str, write_timeout_s: float
+) -> Callable[[Any, Any], Awaitable[None]]:
     # A coroutine that writes, not a generator: gRPC leaves a generator that it cancels at a yield to the garbage
     # collector, and the request would keep its KV blocks until then.
     assert inspect.isasyncgenfunction(method)
@@ -85,9 +92,12 @@ def _stream(method: Callable[[Any, Any], Any], name: str) -> Callable[[Any, Any]
     async def call(request: Any, context: Any) -> None:
         await context.send_initial_metadata(_name(request, context))
         try:
-            async with aclosing(method(_checked(request), context)) as responses:
+            async with (
+                watched(write_timeout_s) as watch,
+                aclosing(method(_checked(request), context)) as responses,
+            ):
                 async for response in responses:
-                    await context.write(response)
+                    await watch.write(context.write(response))
         except Exception as error:
             await _abort(context, error, name)
 

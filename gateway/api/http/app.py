@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from gateway.api import request_id
 from gateway.api.collect import Answer
@@ -24,20 +24,24 @@ from gateway.api.http.merge import merged
 from gateway.api.http.request_ids import RequestIds
 from gateway.api.http.responses import AnswerResponse
 from gateway.api.service import Accepted, Frontend
+from gateway.metrics import CONTENT_TYPE as METRICS_TYPE
 from stageline.errors import InvalidArgumentError, NotFoundError
 
 MAX_BODY_BYTES = 16 * 2**20
 DEADLINE_HEADER = "x-request-timeout-s"
 
 
-def create_http_app(frontend_getter: Callable[[], Frontend]) -> FastAPI:
-    """The application; `frontend_getter` is called for each request, so the Frontend may come later than the application."""
+def create_http_app(frontend_getter: Callable[[], Frontend], *, write_timeout_s: float = 600.0) -> FastAPI:
+    """The application; `frontend_getter` is called for each request, so the Frontend may come later than the application.
+
+    A response ends when a piece of it has waited `write_timeout_s` for its reader.
+    """
     app = FastAPI(title="Stageline", version=documents.VERSION, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES)
     app.add_middleware(Door, doorkeeper_getter=lambda: frontend_getter().doorkeeper)
     app.add_middleware(RequestIds)  # added last, so outermost: errors of the others have the id too
     install(app)
-    app.include_router(_generation(frontend_getter))
+    app.include_router(_generation(frontend_getter, write_timeout_s))
     app.include_router(tokenizer_api.router(frontend_getter))
     documents.install(app)
 
@@ -53,10 +57,15 @@ def create_http_app(frontend_getter: Callable[[], Frontend]) -> FastAPI:
         response.status_code = 200 if ready else 503
         return documents.Status(status="ready" if ready else "not ready")
 
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Numbers in Prometheus' text format."""
+        return Response(frontend_getter().engine.metrics.render(), media_type=METRICS_TYPE)
+
     return app
 
 
-def _generation(frontend_getter: Callable[[], Frontend]) -> APIRouter:
+def _generation(frontend_getter: Callable[[], Frontend], write_timeout_s: float) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models", responses=documents.errors())
@@ -78,12 +87,12 @@ def _generation(frontend_getter: Callable[[], Frontend]) -> APIRouter:
     @router.post("/v1/completions", **documents.generation(documents.Completion, documents.CompletionChunk))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one prompt or several."""
-        return await _answer(frontend_getter(), body, request, CompletionWriter, "cmpl")
+        return await _answer(frontend_getter(), body, request, CompletionWriter, "cmpl", write_timeout_s)
 
     @router.post("/v1/chat/completions", **documents.generation(documents.ChatCompletion, documents.ChatChunk))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        return await _answer(frontend_getter(), body, request, ChatWriter, "chatcmpl")
+        return await _answer(frontend_getter(), body, request, ChatWriter, "chatcmpl", write_timeout_s)
 
     return router
 
@@ -95,7 +104,12 @@ def _model(frontend: Frontend) -> documents.Model:
 
 
 async def _answer(
-    frontend: Frontend, body: CompletionBody | ChatBody, request: Request, writer_class: type[AnswerWriter], prefix: str
+    frontend: Frontend,
+    body: CompletionBody | ChatBody,
+    request: Request,
+    writer_class: type[AnswerWriter],
+    prefix: str,
+    write_timeout_s: float,
 ) -> Response:
     body.check()
     response_id = f"{prefix}-{request_id.current.get()}"
@@ -106,7 +120,12 @@ async def _answer(
         objects = _chunks(frontend, accepted, writer, *body.usage_chunks())
     else:
         objects = _whole(frontend, accepted, writer)
-    return AnswerResponse(objects, streamed=bool(body.stream), where=f"{request.method} {request.url.path}")
+    return AnswerResponse(
+        objects,
+        streamed=bool(body.stream),
+        where=f"{request.method} {request.url.path}",
+        write_timeout_s=write_timeout_s,
+    )
 
 
 async def _chunks(

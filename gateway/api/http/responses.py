@@ -13,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.errors import as_typed
 from gateway.api.http.errors import error_object, error_response
+from gateway.api.stalled import watched
+from stageline.errors import ResourceExhaustedError
 
 DONE = b"data: [DONE]\n\n"
 
@@ -21,12 +23,15 @@ class AnswerResponse(Response):
     """Sends what `objects` yields: one JSON object, or with `streamed` one event each and `[DONE]`.
 
     The status waits for the first object, so an error before it has its own status; a later one is an event, and the
-    stream ends without `[DONE]`. When the client goes, `objects` is closed at once, also between two tokens and also
+    stream ends without `[DONE]`, as it does when a piece of it waits `write_timeout_s` for its reader. When the client goes, `objects` is closed at once, also between two tokens and also
     where nothing is streamed (starlette's own StreamingResponse leaves that to the garbage collector).
     """
 
-    def __init__(self, objects: AsyncGenerator[dict[str, Any]], *, streamed: bool, where: str) -> None:
+    def __init__(
+        self, objects: AsyncGenerator[dict[str, Any]], *, streamed: bool, where: str, write_timeout_s: float
+    ) -> None:
         super().__init__()
+        self._write_timeout_s = write_timeout_s
         self._objects, self._streamed, self._where = objects, streamed, where
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,6 +49,13 @@ class AnswerResponse(Response):
             raise outcome
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with watched(self._write_timeout_s) as watch:
+                await self._answer(scope, receive, lambda message: watch.write(send(message)))
+        except ResourceExhaustedError as error:  # the client cannot be told: what it does not read is before it
+            raise ConnectionAbortedError(error.message) from None
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._objects) as objects:
             try:
                 first = await anext(objects)

@@ -1,0 +1,172 @@
+"""Stages and gateways in processes of their own, to be stopped, killed and watched.
+
+`python process_nursery.py` forks one process for every JSON line on stdin and prints a JSON line once it serves: forked,
+not started anew, because what takes seconds is importing. `nursery()` is the other end.
+
+    {"kind": "stage", "layers": [0, 2], "num_blocks": 64, "delay_s": 0.002}        a toy stage → {"pid", "address"}
+    {"kind": "gateway", "stages": [ADDRESS, ...], "settings": {EngineSettings}, "max_context_tokens": 200, "model": FOLDER}
+                                            both doors → {"pid", "grpc", "http"}; without "model" the toy's
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+class Nursery:
+    """Starts processes; kills those that are left at the end."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._pids: list[int] = []
+
+    def start(self, **what: Any) -> dict[str, Any]:
+        """Returns what the process says once it serves. Raises EOFError where it does not come up."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(what), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise EOFError("the nursery ended")
+        answer = json.loads(line)
+        self._pids.append(answer["pid"])
+        return answer
+
+    def stage(self, start: int, end: int, **options: Any) -> dict[str, Any]:
+        """A toy stage."""
+        return self.start(kind="stage", layers=[start, end], **options)
+
+    def gateway(self, stages: Sequence[dict[str, Any]], **options: Any) -> dict[str, Any]:
+        """A gateway over stages, which need not be toys."""
+        return self.start(kind="gateway", stages=[stage["address"] for stage in stages], **options)
+
+    def signal(self, process: dict[str, Any], number: int) -> None:
+        """Send a signal to one of them."""
+        assert process["pid"] in self._pids
+        os.kill(process["pid"], number)
+
+    def kill_all(self) -> None:
+        """SIGKILL reaches stopped processes too."""
+        for pid in self._pids:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+        self._pids.clear()
+
+
+@contextmanager
+def nursery() -> Iterator[Nursery]:
+    """A nursery, until the block ends."""
+    path = os.pathsep.join([str(HERE), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    with process:
+        children = Nursery(process)
+        try:
+            yield children
+        finally:
+            children.kill_all()
+            assert process.stdin is not None
+            process.stdin.close()
+
+
+async def stage(layers: Sequence[int], num_blocks: int, delay_s: float = 0.0, port: int = 0) -> None:
+    """A toy stage, until killed."""
+    from engine_helpers import FINGERPRINT, ToyRunner
+
+    from stages.executor import StageExecutor
+    from stages.partition import LayerRange
+    from stages.server.server import StageServer
+
+    runner = ToyRunner(LayerRange(*layers), delay_s=delay_s)
+    server = StageServer(
+        StageExecutor(runner), fingerprint=FINGERPRINT, kv_capacity_blocks=num_blocks, queue_depth_steps=8
+    )
+    port = await server.start("127.0.0.1", port)
+    _say(address=f"127.0.0.1:{port}")
+    await asyncio.Event().wait()
+
+
+async def gateway(
+    stages: Sequence[str],
+    settings: dict[str, Any],
+    max_context_tokens: int = 200,
+    model: str | None = None,
+    write_timeout_s: float = 60.0,
+    send_buffer_bytes: int = 0,
+) -> None:
+    """Both doors over an engine, until killed."""
+    import uvicorn
+    from engine_helpers import FINGERPRINT, VOCAB_SIZE, byte_tokenizer
+
+    from gateway.api.grpc.server import serve_grpc
+    from gateway.api.http.app import create_http_app
+    from gateway.api.service import Frontend
+    from gateway.engine import Engine, EngineSettings
+    from gateway.pipelines.discovery import Registry, StaticDiscovery
+    from gateway.tokenizer import load_tokenizer
+    from gateway.types import ModelInfo
+    from stages.checkpoint import open_checkpoint
+
+    fingerprint, vocab_size, tokenizer = FINGERPRINT, VOCAB_SIZE, None
+    if model is not None:
+        checkpoint = open_checkpoint(model)
+        fingerprint, vocab_size = checkpoint.fingerprint, checkpoint.config.vocab_size
+        tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer = tokenizer or byte_tokenizer()
+    info = ModelInfo(name="toy", fingerprint=fingerprint, max_context_tokens=max_context_tokens, vocab_size=vocab_size)
+    registry = Registry()
+    engine = Engine(
+        model=info, tokenizer=tokenizer, registry=registry, settings=EngineSettings(**settings), fingerprint=fingerprint
+    )
+    await engine.start()
+    discovery = StaticDiscovery(stages, registry)
+    await discovery.start()
+    await asyncio.wait_for(engine.wait_ready(), 60)
+    frontend = Frontend(engine, tokenizer, None, info)
+    grpc_server = await serve_grpc(frontend, "127.0.0.1", 0, write_timeout_s=write_timeout_s)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    if send_buffer_bytes:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    app = create_http_app(lambda: frontend, write_timeout_s=write_timeout_s)
+    http = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    while not http.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    _say(grpc=f"127.0.0.1:{grpc_server.port}", http=f"http://127.0.0.1:{listener.getsockname()[1]}")
+    await serving
+
+
+def _say(**answer: Any) -> None:
+    print(json.dumps({"pid": os.getpid(), **answer}), flush=True)
+
+
+def main() -> None:
+    """Fork for every line until stdin ends."""
+    import engine_helpers  # noqa: F401  (torch and grpc, once for all)
+    import uvicorn  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries them
+    for line in sys.stdin:
+        what = json.loads(line)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            sys.stdin.close()
+            asyncio.run({"stage": stage, "gateway": gateway}[what.pop("kind")](**what))
+
+
+if __name__ == "__main__":
+    main()
