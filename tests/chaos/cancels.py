@@ -38,7 +38,7 @@ from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
-STALL_S = 60.0
+STALL_S = 120.0  # with a real model on a busy machine, behind a stage that is started again
 SETTINGS = {"max_waiting_sequences": 48, "max_step_tokens": 48, "max_step_sequences": 12, "lease_s": 2.0}
 
 
@@ -361,8 +361,13 @@ def main() -> int:
             rng = random.Random(args.seed)
             stages = ModelStages(args.model, config["num_hidden_layers"], rng)
             stack.callback(stages.close)
-            gateway = children.gateway(stages.running, settings=SETTINGS, model=args.model, max_context_tokens=1024)
-            load = Load(gateway["grpc"], gateway["http"], config["vocab_size"], 100, 24, rng)
+            gateway = children.gateway(
+                stages.running,
+                settings={**SETTINGS, "max_waiting_sequences": 12},
+                model=args.model,
+                max_context_tokens=1024,
+            )
+            load = Load(gateway["grpc"], gateway["http"], config["vocab_size"], 60, 16, rng)
         summary = asyncio.run(
             run(load, cancels=args.cancels, parallel=args.parallel, witnesses=args.witnesses, kill=stages.kill,
                 kills=args.kills)
