@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
 
 from gateway.batch.schema import SCHEMA, VERSION
 from stageline.errors import ConfigError, InternalError, ResourceExhaustedError, StagelineError
@@ -25,25 +24,6 @@ T = TypeVar("T")
 MAX_JOBS_A_COMMIT = 256
 NUM_READERS = 4
 LOCK_TIMEOUT_S = 10.0  # a server that is ending gives the state back within this
-
-
-def path_of(url: str) -> Path:
-    """The file of `sqlite:///relative` or `sqlite:////absolute`. Raises ConfigError for any other URL."""
-    parts = urlsplit(url)
-    if parts.scheme != "sqlite":
-        raise ConfigError(
-            "STATE_URL_UNSUPPORTED",
-            f"batch.state_url: scheme {parts.scheme[:32]!r} is not supported; expected sqlite:///PATH",
-            field="batch.state_url", scheme=parts.scheme[:32],
-        )  # fmt: skip
-    path = unquote(parts.path.removeprefix("/"))
-    if parts.netloc or not url.startswith("sqlite:///") or not path or parts.query or path.startswith(":memory:"):
-        raise ConfigError(
-            "STATE_URL_INVALID",
-            f"batch.state_url: expected sqlite:///PATH of a file (an absolute PATH gives four slashes), got {url!r}",
-            field="batch.state_url", value=url,
-        )  # fmt: skip
-    return Path(path)
 
 
 class Database:

@@ -17,9 +17,11 @@ def result_file_id(batch_id: str, kind: ResultKind) -> str:
     return f"file-{batch_id.removeprefix('batch_')}-{kind}"
 
 
-def begin(connection: sqlite3.Connection, file_id: str, filename: str, now_s: int) -> None:
+def begin(connection: sqlite3.Connection, tenant: str, file_id: str, filename: str, now_s: int) -> None:
     """A file that is not complete yet."""
-    connection.execute("INSERT INTO files (id, filename, created_s) VALUES (?, ?, ?)", (file_id, filename, now_s))
+    connection.execute(
+        "INSERT INTO files (id, tenant, filename, created_s) VALUES (?, ?, ?, ?)", (file_id, tenant, filename, now_s)
+    )
 
 
 def append(connection: sqlite3.Connection, file_id: str, first_line: int, lines: Sequence[bytes]) -> None:
@@ -28,10 +30,10 @@ def append(connection: sqlite3.Connection, file_id: str, first_line: int, lines:
     connection.executemany("INSERT INTO file_lines VALUES (?, ?, ?)", rows)
 
 
-def complete(connection: sqlite3.Connection, file_id: str, num_bytes: int) -> StoredFile:
+def complete(connection: sqlite3.Connection, tenant: str, file_id: str, num_bytes: int) -> StoredFile:
     """From now on the file is there, and never changes."""
     connection.execute("UPDATE files SET complete = 1, num_bytes = ? WHERE id = ?", (num_bytes, file_id))
-    return get(connection, file_id)
+    return get(connection, tenant, file_id)
 
 
 def drop(connection: sqlite3.Connection, file_id: str) -> None:
@@ -52,9 +54,9 @@ def drop_unused(connection: sqlite3.Connection, file_id: str) -> None:
         drop(connection, file_id)
 
 
-def get(connection: sqlite3.Connection, file_id: str) -> StoredFile:
+def get(connection: sqlite3.Connection, tenant: str, file_id: str) -> StoredFile:
     """Raises NotFoundError."""
-    source = _result_source(connection, file_id)
+    source = _result_source(connection, tenant, file_id)
     if source is not None:
         batch, kind = source
         num_bytes = connection.execute(
@@ -66,24 +68,28 @@ def get(connection: sqlite3.Connection, file_id: str) -> StoredFile:
         return StoredFile(
             id=file_id, filename=name, num_bytes=num_bytes, created_s=ended_s, purpose="batch_output"
         )  # fmt: skip
-    row = connection.execute("SELECT * FROM files WHERE id = ? AND complete", (file_id,)).fetchone()
+    row = connection.execute(
+        "SELECT * FROM files WHERE id = ? AND tenant = ? AND complete", (file_id, tenant)
+    ).fetchone()
     if row is None:
         raise NotFoundError("FILE_NOT_FOUND", f"there is no file {file_id[:128]!r}", field="file_id", id=file_id[:128])
     return _stored(row)
 
 
-def input_files(connection: sqlite3.Connection) -> list[StoredFile]:
+def input_files(connection: sqlite3.Connection, tenant: str) -> list[StoredFile]:
     """All uploaded files, newest first."""
-    rows = connection.execute("SELECT * FROM files WHERE complete ORDER BY created_s DESC, rowid DESC")
+    rows = connection.execute(
+        "SELECT * FROM files WHERE tenant = ? AND complete ORDER BY created_s DESC, rowid DESC", (tenant,)
+    )
     return [_stored(row) for row in rows]
 
 
-def page(connection: sqlite3.Connection, file_id: str, after_line: int) -> list[tuple[int, bytes]]:
+def page(connection: sqlite3.Connection, tenant: str, file_id: str, after_line: int) -> list[tuple[int, bytes]]:
     """Some (line, bytes) after a line, about PAGE_BYTES of them; none at the end. Raises NotFoundError."""
-    source = _result_source(connection, file_id)
+    source = _result_source(connection, tenant, file_id)
     if source is not None:
         return results_page(connection, source[0]["id"], source[1], after_line)
-    get(connection, file_id)
+    get(connection, tenant, file_id)
     rows = connection.execute(
         "SELECT line, data FROM file_lines WHERE file_id = ? AND line > ? ORDER BY line", (file_id, after_line)
     )
@@ -113,16 +119,16 @@ def take_page(rows: sqlite3.Cursor) -> list[tuple[int, bytes]]:
     return taken
 
 
-def delete(connection: sqlite3.Connection, file_id: str) -> None:
+def delete(connection: sqlite3.Connection, tenant: str, file_id: str) -> None:
     """Delete for a client. Raises NotFoundError, and FailedPreconditionError for the input of a batch that runs."""
-    source = _result_source(connection, file_id)
+    source = _result_source(connection, tenant, file_id)
     if source is not None:
         batch, kind = source
         connection.execute("DELETE FROM results WHERE batch_id = ? AND ok = ?", (batch["id"], kind == "output"))
         column = "has_output" if kind == "output" else "has_errors"
         connection.execute(f"UPDATE batches SET {column} = 0 WHERE id = ?", (batch["id"],))
         return
-    get(connection, file_id)
+    get(connection, tenant, file_id)
     running = connection.execute(
         "SELECT id FROM batches WHERE input_file_id = ? AND status IN ('in_progress', 'cancelling')", (file_id,)
     ).fetchone()
@@ -134,13 +140,14 @@ def delete(connection: sqlite3.Connection, file_id: str) -> None:
     drop(connection, file_id)
 
 
-def _result_source(connection: sqlite3.Connection, file_id: str) -> tuple[sqlite3.Row, ResultKind] | None:
+def _result_source(connection: sqlite3.Connection, tenant: str, file_id: str) -> tuple[sqlite3.Row, ResultKind] | None:
     """The batch and kind behind the name of a result file that exists."""
     for suffix, kind in _SUFFIXES.items():
         if file_id.endswith(suffix):
             batch_id = "batch_" + file_id.removeprefix("file-").removesuffix(suffix)
             row = connection.execute(
-                "SELECT * FROM batches WHERE id = ? AND status IN ('completed', 'cancelled', 'expired')", (batch_id,)
+                "SELECT * FROM batches WHERE id = ? AND tenant = ? AND status IN ('completed', 'cancelled', 'expired')",
+                (batch_id, tenant),
             ).fetchone()
             there = row is not None and (
                 row["completed"] and row["has_output"] if kind == "output" else row["failed"] and row["has_errors"]
@@ -151,5 +158,5 @@ def _result_source(connection: sqlite3.Connection, file_id: str) -> tuple[sqlite
 
 def _stored(row: sqlite3.Row) -> StoredFile:
     return StoredFile(
-        id=row["id"], filename=row["filename"], num_bytes=row["num_bytes"], created_s=row["created_s"]
+        id=row["id"], filename=row["filename"], num_bytes=row["num_bytes"], created_s=row["created_s"], tenant=row["tenant"]
     )  # fmt: skip

@@ -13,33 +13,33 @@ from stageline.errors import FailedPreconditionError, NotFoundError
 
 
 def create(
-    connection: sqlite3.Connection, batch_id: str, plan: Plan, *, key: str | None, input_file_id: str,
+    connection: sqlite3.Connection, batch_id: str, plan: Plan, *, tenant: str, key: str | None, input_file_id: str,
     only_endpoint: str, window_s: int | None, metadata: dict[str, str], now_s: int,
 ) -> Batch:  # fmt: skip
     """The new batch with the records of the lines that cannot run, or the one that has this idempotency key.
 
     Raises NotFoundError where the input is gone.
     """
-    if (existing := find_key(connection, key)) is not None:
+    if (existing := find_key(connection, tenant, key)) is not None:
         return existing
-    get(connection, input_file_id)
+    get(connection, tenant, input_file_id)
     done = len(plan.problems) == plan.total
     connection.execute(
-        "INSERT INTO batches (id, idempotency_key, input_file_id, endpoint, only_endpoint, status, total, failed,"
-        " created_s, window_s, completed_s, metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO batches (id, tenant, idempotency_key, input_file_id, endpoint, only_endpoint, status, total, failed,"
+        " created_s, window_s, completed_s, metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            batch_id, key, input_file_id, plan.endpoint, only_endpoint, "completed" if done else "in_progress",
+            batch_id, tenant, key, input_file_id, plan.endpoint, only_endpoint, "completed" if done else "in_progress",
             plan.total, len(plan.problems), now_s, window_s, now_s if done else None, json.dumps(metadata),
         ),
     )  # fmt: skip
     rows = ((batch_id, line, record) for line, record in plan.problems)
     connection.executemany("INSERT INTO results VALUES (?, ?, 0, ?)", rows)
-    return find(connection, batch_id)
+    return find(connection, tenant, batch_id)
 
 
-def find(connection: sqlite3.Connection, batch_id: str) -> Batch:
+def find(connection: sqlite3.Connection, tenant: str, batch_id: str) -> Batch:
     """Raises NotFoundError."""
-    row = connection.execute("SELECT * FROM batches WHERE id = ?", (batch_id,)).fetchone()
+    row = connection.execute("SELECT * FROM batches WHERE id = ? AND tenant = ?", (batch_id, tenant)).fetchone()
     if row is None:
         raise NotFoundError(
             "BATCH_NOT_FOUND", f"there is no batch {batch_id[:128]!r}", field="batch_id", id=batch_id[:128]
@@ -47,23 +47,23 @@ def find(connection: sqlite3.Connection, batch_id: str) -> Batch:
     return _batch(row)
 
 
-def find_key(connection: sqlite3.Connection, key: str | None) -> Batch | None:
+def find_key(connection: sqlite3.Connection, tenant: str, key: str | None) -> Batch | None:
     """The batch with an idempotency key."""
-    row = connection.execute("SELECT * FROM batches WHERE idempotency_key = ?", (key,)).fetchone()
+    row = connection.execute("SELECT * FROM batches WHERE tenant = ? AND idempotency_key = ?", (tenant, key)).fetchone()
     return None if row is None else _batch(row)
 
 
-def listed(connection: sqlite3.Connection, after: str, limit: int) -> tuple[list[Batch], bool]:
+def listed(connection: sqlite3.Connection, tenant: str, after: str, limit: int) -> tuple[list[Batch], bool]:
     """Newest first, those older than batch `after` where one is named; and whether there are more.
 
     Raises NotFoundError for an unknown `after`.
     """
     below = 2**62
     if after:
-        find(connection, after)
+        find(connection, tenant, after)
         below = connection.execute("SELECT number FROM batches WHERE id = ?", (after,)).fetchone()[0]
     rows = connection.execute(
-        "SELECT * FROM batches WHERE number < ? ORDER BY number DESC LIMIT ?", (below, limit + 1)
+        "SELECT * FROM batches WHERE tenant = ? AND number < ? ORDER BY number DESC LIMIT ?", (tenant, below, limit + 1)
     ).fetchall()
     return [_batch(row) for row in rows[:limit]], len(rows) > limit
 
@@ -109,9 +109,9 @@ def add_result(
     return True
 
 
-def cancel(connection: sqlite3.Connection, batch_id: str, now_s: int) -> Batch:
+def cancel(connection: sqlite3.Connection, tenant: str, batch_id: str, now_s: int) -> Batch:
     """Begin to cancel. Raises NotFoundError, and FailedPreconditionError for a batch that has ended."""
-    batch = find(connection, batch_id)
+    batch = find(connection, tenant, batch_id)
     if batch.status in FINAL and batch.status != "cancelled":
         raise FailedPreconditionError(
             "BATCH_ENDED", f"{batch_id} is {batch.status}; only a batch that runs can be cancelled",
@@ -121,7 +121,7 @@ def cancel(connection: sqlite3.Connection, batch_id: str, now_s: int) -> Batch:
         "UPDATE batches SET status = 'cancelling', cancelling_s = ? WHERE id = ? AND status = 'in_progress'",
         (now_s, batch_id),
     )
-    return find(connection, batch_id)
+    return find(connection, tenant, batch_id)
 
 
 def end_cancelled(connection: sqlite3.Connection, batch_id: str, now_s: int) -> None:
@@ -144,12 +144,12 @@ def end_expired(
     )
 
 
-def delete(connection: sqlite3.Connection, batch_id: str) -> None:
+def delete(connection: sqlite3.Connection, tenant: str, batch_id: str) -> None:
     """Forget a batch, its results, and its input where no other batch has it.
 
     Raises NotFoundError, and FailedPreconditionError for a batch that runs.
     """
-    batch = find(connection, batch_id)
+    batch = find(connection, tenant, batch_id)
     if batch.status not in FINAL:
         raise FailedPreconditionError(
             "BATCH_RUNNING", f"{batch_id} is {batch.status}; cancel it before it is deleted",
@@ -163,7 +163,7 @@ def delete(connection: sqlite3.Connection, batch_id: str) -> None:
 def _batch(row: sqlite3.Row) -> Batch:
     ended = row["status"] in FINAL
     names = ("id", "input_file_id", "endpoint", "status", "total", "completed", "failed", "created_s", "window_s",
-             "completed_s", "cancelling_s", "cancelled_s", "expired_s")  # fmt: skip
+             "completed_s", "cancelling_s", "cancelled_s", "expired_s", "tenant")  # fmt: skip
     return Batch(
         **{name: row[name] for name in names},
         output_file_id=result_file_id(row["id"], "output") if ended and row["completed"] and row["has_output"] else "",

@@ -21,6 +21,7 @@ class StoredFile:
     num_bytes: int
     created_s: int
     purpose: str = "batch"
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,7 @@ class Batch:
     output_file_id: str = ""
     error_file_id: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    tenant: str = ""
 
     @property
     def expires_s(self) -> int | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from gateway.api.errors import as_typed
@@ -25,7 +27,7 @@ logger = logging.getLogger("stageline.gateway.batch")
 RETRIED = (UnavailableError, ResourceExhaustedError)
 BACKOFF = Backoff(initial_s=0.2, max_s=30.0)
 
-Run = Callable[[LineRequest, str], Awaitable[dict[str, Any]]]  # (request, request_id) → the answer's body
+Run = Callable[[LineRequest, str, str], Awaitable[dict[str, Any]]]  # (request, tenant, request_id) → the answer's body
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class _Feed:
     """What is left to start of one batch, and what runs of it."""
 
     id: str
+    tenant: str
     lines: deque[tuple[int, bytes]] = field(default_factory=deque)
     cursor: int = 0
     exhausted: bool = False
@@ -84,7 +87,7 @@ class Worker:
         for batch in batches:
             if batch.status == "cancelling":
                 await self._stop_running(batch.id)
-                await self._database.write(lambda c, b=batch: store.end_cancelled(c, b.id, int(time.time())))
+                await self._database.write(partial(store.end_cancelled, batch_id=batch.id, now_s=int(time.time())))
             elif batch.expires_s is not None and batch.expires_s <= now_s:
                 await self._expire(batch)
             else:
@@ -94,13 +97,11 @@ class Worker:
         for batch in going:
             await self._fill(batch)
         expiries = [batch.expires_s - now_s for batch in going if batch.expires_s is not None]
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), max(0.0, min(expiries)) if expiries else None)
-        except TimeoutError:
-            pass
 
     async def _fill(self, batch: Batch) -> None:
-        feed = self._feeds.setdefault(batch.id, _Feed(batch.id))
+        feed = self._feeds.setdefault(batch.id, _Feed(batch.id, batch.tenant))
         while sum(len(one.tasks) for one in self._feeds.values()) < self._max_concurrency:
             if not feed.lines:
                 if feed.exhausted:
@@ -110,7 +111,7 @@ class Worker:
                 feed.cursor = page[-1][0] if page else feed.cursor
                 feed.lines.extend((number, line) for number, line in page if not is_blank(line))
                 continue
-            task = asyncio.create_task(self._line(batch.id, *feed.lines.popleft()))
+            task = asyncio.create_task(self._line(feed, *feed.lines.popleft()))
             feed.tasks.add(task)
             task.add_done_callback(lambda done: self._ended(feed, done))
 
@@ -123,15 +124,16 @@ class Worker:
             feed.lines.clear()
         self._wake.set()
 
-    async def _line(self, batch_id: str, number: int, line: bytes) -> None:
+    async def _line(self, feed: _Feed, number: int, line: bytes) -> None:
         """Run a line until it has an answer or an error that stays, and return when its record is durable."""
+        batch_id = feed.id
         read = read_line(line, number, "")
         record, ok = b"", False
         if isinstance(read, LineProblem):
             record = line_record(batch_id, number, read.custom_id, error=read.error)
         else:
             try:
-                body = await self._retried(lambda: self._run(read, f"{batch_id}-{number}"))
+                body = await self._retried(lambda: self._run(read, feed.tenant, f"{batch_id}-{number}"))
                 record, ok = line_record(batch_id, number, read.custom_id, body=body), True
             except Exception as error:
                 typed = as_typed(error, where=f"line {number} of {batch_id}")
@@ -161,7 +163,7 @@ class Worker:
             "BATCH_EXPIRED", "the batch's completion window ended before this line ran", window_s=batch.window_s
         )
         records, after = [], 0
-        while page := await self._database.read(lambda c: store.pending(c, batch.id, after)):
+        while page := await self._database.read(partial(store.pending, batch_id=batch.id, after_line=after)):
             for number, line in page:
                 if not is_blank(line):
                     custom_id = read_line(line, number, "").custom_id
