@@ -10,6 +10,8 @@ from gateway.batch.types import Batch, StoredFile
 from stageline.errors import StagelineError
 
 UNLIMITED = "unlimited"
+# Line ends to some readers, such as Python's str.splitlines, but not to JSON: they stand in strings only.
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 def line_record(
@@ -36,7 +38,8 @@ def line_record(
         "response": response,
         "error": problem,
     }
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def batch_object(batch: Batch) -> dict[str, Any]:
