@@ -20,6 +20,8 @@ from gateway.access import Audit, Doorkeeper
 from gateway.api.grpc.server import serve_grpc
 from gateway.api.http.app import create_http_app
 from gateway.api.service import Frontend
+from gateway.batch.opening import open_batches
+from gateway.batch.service import BatchService
 from gateway.engine import Engine, EngineSettings
 from gateway.model import load_model
 from gateway.pipelines.discovery import Registry, ReplicaRecord
@@ -32,6 +34,7 @@ from stages.server.access import StageAccess
 logger = logging.getLogger("stageline.gateway")
 
 _frontend: Frontend | None = None
+_batches: BatchService | None = None
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
@@ -68,7 +71,7 @@ def application(config: configuration.Config) -> serve.Application:
     if os.path.exists(config.model.path):
         absolute = {"path": os.path.abspath(config.model.path)}
         config = config.model_copy(update={"model": config.model.model_copy(update=absolute)})
-    config = config.model_copy(update={"security": config.security.absolute()})
+    config = config.model_copy(update={"security": config.security.absolute(), "batch": config.batch.absolute()})
     checkpoint = open_checkpoint(config.model.path, revision=config.model.revision)
     ranges = resolve_layers(checkpoint.config, config.stages.count, config.stages.layers)
     stages = [
@@ -121,7 +124,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
 
 
 def _http_app() -> FastAPI:
-    return create_http_app(_current_frontend)
+    return create_http_app(_current_frontend, batches_getter=lambda: _batches)
 
 
 def _current_frontend() -> Frontend:
@@ -133,7 +136,7 @@ class Gateway:
     """The Serve replica that owns the engine, the gRPC door, and the HTTP door behind Serve's ingress."""
 
     async def __init__(self, config: dict[str, Any], *stages: Any) -> None:  # type: ignore[misc]  # Serve awaits it
-        global _frontend
+        global _frontend, _batches
         log_to_stderr()
         parsed = configuration.Config.model_validate(config)
         security = parsed.security
@@ -172,6 +175,7 @@ class Gateway:
         )
         await self._engine.start()
         _frontend = Frontend(self._engine, tokenizer, template, model, doorkeeper)
+        _batches = self._batches = await open_batches(_frontend, parsed.batch)
         self._grpc = await serve_grpc(
             _frontend,
             parsed.server.host,
@@ -179,10 +183,13 @@ class Gateway:
             tls=tls,
             with_reflection=security.reflection,
             write_timeout_s=parsed.server.write_timeout_s,
+            batches=self._batches,
         )
 
     async def __del__(self) -> None:
         if hasattr(self, "_grpc"):
             await self._grpc.stop(self._drain_s)
+        if (batches := getattr(self, "_batches", None)) is not None:
+            await batches.stop()
         if hasattr(self, "_engine"):
             await self._engine.stop(self._drain_s)

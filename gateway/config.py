@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gateway.batch.state_url import path_of, url_of
 from stageline.errors import ConfigError
 from stages.tls import TlsFiles, tls_files
 
@@ -121,6 +122,21 @@ class ServerSection(_Section):
     drain_timeout_s: float = Field(20.0, ge=0, description="seconds running requests get when the gateway stops")
 
 
+class BatchSection(_Section):
+    """Batches of requests; on where there is a place for their state."""
+
+    state_url: str | None = Field(None, description="where files, batches and results are kept: sqlite:///PATH")
+    max_concurrency: int = Field(32, ge=1, description="lines that run at a time; so many are run again after a crash")
+    max_lines: int = Field(1_000_000, ge=1, description="requests of one batch")
+    max_file_bytes: int = Field(1 << 30, ge=1, description="bytes of one input file")
+
+    def absolute(self) -> BatchSection:
+        """The same for a process with another working directory. Raises ConfigError for a URL that is not supported."""
+        if self.state_url is None:
+            return self
+        return self.model_copy(update={"state_url": url_of(path_of(self.state_url).absolute())})
+
+
 class SecuritySection(_Section):
     """Who may call the doors and the stages. Names of files only: what is secret stands in no configuration."""
 
@@ -179,6 +195,7 @@ class Config(_Section):
     scheduler: SchedulerSection = SchedulerSection()
     pipelines: PipelinesSection = PipelinesSection()
     server: ServerSection = ServerSection()
+    batch: BatchSection = BatchSection()
     security: SecuritySection = SecuritySection()
 
     def block_size_tokens(self) -> int:

@@ -9,7 +9,7 @@ from gateway.access.audit import Audit
 from gateway.access.keys import Tenant, Tenants
 from gateway.access.visit import Account, Visit
 from gateway.types import MAX_PRIORITY
-from stageline.errors import UnauthenticatedError
+from stageline.errors import PermissionDeniedError, UnauthenticatedError
 from stages.reloaded import Reloaded
 
 _SCHEME = "bearer "
@@ -49,6 +49,18 @@ class Doorkeeper:
         holder = tenants.holder(text[len(_SCHEME) :].strip(), datetime.datetime.now(datetime.UTC))
         account = self._account(holder.tenant, tenants.tenants[holder.tenant])
         return Visit(account, holder.key_id, prompts)
+
+    def visit_of(self, tenant: str) -> Visit:
+        """A call made for a tenant that was let in before, when it left work here. Raises PermissionDeniedError where there
+        is no such tenant any more."""
+        if self._file is None:
+            return Visit(self._account("", _EVERYBODY))
+        tenants = self._file.get()
+        if tenants is not self._seen:
+            self._change(tenants)
+        if tenant not in tenants.tenants:
+            raise PermissionDeniedError("TENANT_GONE", f"tenant {tenant!r} has no keys here any more", tenant=tenant)
+        return Visit(self._account(tenant, tenants.tenants[tenant]))
 
     def _account(self, name: str, policy: Tenant) -> Account:
         if (account := self._accounts.get(name)) is None:

@@ -164,7 +164,8 @@ async def until(condition: Callable[[], bool]) -> None:
 async def open_doors(doors: Doors, **options) -> AsyncIterator[Doors]:
     """Serve on loopback ports until the block ends; `options` are serve_grpc's."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_http_app(lambda: doors.frontend), log_level="error", lifespan="off")
+    app = create_http_app(lambda: doors.frontend, batches_getter=lambda: options.get("batches"))
+    config = uvicorn.Config(app, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     await until(lambda: server.started)

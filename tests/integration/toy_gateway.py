@@ -1,7 +1,7 @@
 """Gateways over the toy engine in processes of their own, to be killed.
 
-`python toy_gateway.py` forks one for every line `PORT FINGERPRINT` on stdin and prints `PID PORT` once it serves. Forked,
-not started anew: what takes seconds is importing, and that is done.
+`python toy_gateway.py` forks one for every line `PORT FINGERPRINT [BATCH_STATE_URL]` on stdin and prints `PID PORT` once it
+serves. Forked, not started anew: what takes seconds is importing, and that is done.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from engine_helpers import NUM_LAYERS, Cluster, byte_tokenizer, until
 
 from gateway.api.grpc.server import serve_grpc
 from gateway.api.service import Frontend
+from gateway.batch.opening import open_batches
+from gateway.config import BatchSection
 
 
-async def serve(port: int, fingerprint: str) -> None:
+async def serve(port: int, fingerprint: str, state_url: str | None) -> None:
     """Until killed."""
     engine_helpers.FINGERPRINT = fingerprint
     cluster = Cluster()
@@ -26,7 +28,9 @@ async def serve(port: int, fingerprint: str) -> None:
         await cluster.add_stage(start, end, delay_s=0.004, num_blocks=512)
     engine = await cluster.start(check_integrity=False)
     await until(engine.ready)
-    server = await serve_grpc(Frontend(engine, byte_tokenizer(), None, engine.model), "127.0.0.1", port)
+    frontend = Frontend(engine, byte_tokenizer(), None, engine.model)
+    batches = await open_batches(frontend, BatchSection(state_url=state_url))
+    server = await serve_grpc(frontend, "127.0.0.1", port, batches=batches)
     print(os.getpid(), server.port, flush=True)
     await asyncio.Event().wait()
 
@@ -35,11 +39,11 @@ def main() -> None:
     """Fork for every line until stdin ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries them
     for line in sys.stdin:
-        port, fingerprint = line.split()
+        port, fingerprint, *state_url = line.split()
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             sys.stdin.close()
-            asyncio.run(serve(int(port), fingerprint))
+            asyncio.run(serve(int(port), fingerprint, *(state_url or [None])))
 
 
 if __name__ == "__main__":

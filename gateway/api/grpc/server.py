@@ -10,11 +10,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from gateway.api.grpc.batch import BatchServicer
 from gateway.api.grpc.door import Door
 from gateway.api.grpc.interceptor import TypedErrors
 from gateway.api.grpc.operations import OperationsServicer
 from gateway.api.grpc.servicer import InferenceServicer
 from gateway.api.service import Frontend
+from gateway.batch.service import BatchService
+from stageline.batch.v1 import batch_service_pb2 as batch_pb
+from stageline.batch.v1 import batch_service_pb2_grpc as batch_pb_grpc
 from stageline.errors import ConfigError
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
@@ -23,6 +27,7 @@ from stageline.operations.v1 import operations_service_pb2_grpc as operations_pb
 from stages.tls import TlsFiles
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+BATCHES = batch_pb.DESCRIPTOR.services_by_name["BatchService"].full_name
 OPERATIONS = operations_pb.DESCRIPTOR.services_by_name["OperationsService"].full_name
 MAX_MESSAGE_BYTES = 16 * 2**20  # a prompt of 131,072 ids is half a MiB; as text, a few MiB
 HEALTH_PERIOD_S = 0.1
@@ -92,27 +97,30 @@ async def serve_grpc(
     tls: TlsFiles | None = None,
     with_reflection: bool = True,
     write_timeout_s: float = 600.0,
+    batches: BatchService | None = None,
 ) -> GrpcServer:
     """Listen and serve until `stop`; with `tls` in TLS only. Raises ConfigError where the address cannot be bound.
 
-    A stream ends when one of its messages has waited `write_timeout_s` for its reader.
+    A stream ends when one of its messages has waited `write_timeout_s` for its reader. Without `batches` BatchService is
+    not served.
     """
     options = {
         **dict(OPTIONS),
         "grpc.max_receive_message_length": max_message_bytes,
         "grpc.max_send_message_length": max_message_bytes,
     }
-    door = Door(
-        frontend.doorkeeper, visited=(SERVICE, OPERATIONS), operators=(OPERATIONS,), open_to_all=(health.SERVICE_NAME,)
-    )
-    interceptors = (door, TypedErrors((SERVICE, OPERATIONS), write_timeout_s))
+    ours = (SERVICE, OPERATIONS) if batches is None else (SERVICE, OPERATIONS, BATCHES)
+    door = Door(frontend.doorkeeper, visited=ours, operators=(OPERATIONS,), open_to_all=(health.SERVICE_NAME,))
+    interceptors = (door, TypedErrors(ours, write_timeout_s))
     server = grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
     pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend), server)
     operations_pb_grpc.add_OperationsServiceServicer_to_server(OperationsServicer(frontend), server)
+    if batches is not None:
+        batch_pb_grpc.add_BatchServiceServicer_to_server(BatchServicer(batches), server)
     health_servicer = vars(health)["aio"].HealthServicer()  # health.aio, which some type stubs leave out
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if with_reflection:
-        reflection.enable_server_reflection((SERVICE, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((*ours, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
         address = f"{host}:{port}"
         if tls is None:

@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from gateway.api import request_id
 from gateway.api.collect import Answer
-from gateway.api.http import documents, tokenizer_api
+from gateway.api.http import batches, documents, tokenizer_api
 from gateway.api.http.answers import AnswerWriter, ChatWriter, CompletionWriter
 from gateway.api.http.bodies import CompletionBody
 from gateway.api.http.body_limit import BodyLimit
@@ -24,6 +24,7 @@ from gateway.api.http.merge import merged
 from gateway.api.http.request_ids import RequestIds
 from gateway.api.http.responses import AnswerResponse
 from gateway.api.service import Accepted, Frontend
+from gateway.batch.service import BatchService
 from gateway.metrics import CONTENT_TYPE as METRICS_TYPE
 from stageline.errors import InvalidArgumentError, NotFoundError
 
@@ -31,18 +32,25 @@ MAX_BODY_BYTES = 16 * 2**20
 DEADLINE_HEADER = "x-request-timeout-s"
 
 
-def create_http_app(frontend_getter: Callable[[], Frontend], *, write_timeout_s: float = 600.0) -> FastAPI:
-    """The application; `frontend_getter` is called for each request, so the Frontend may come later than the application.
+def create_http_app(
+    frontend_getter: Callable[[], Frontend],
+    *,
+    batches_getter: Callable[[], BatchService | None] = lambda: None,
+    write_timeout_s: float = 600.0,
+) -> FastAPI:
+    """The application; the getters are called for each request, so what they give may come later than the application.
 
     A response ends when a piece of it has waited `write_timeout_s` for its reader.
     """
     app = FastAPI(title="Stageline", version=documents.VERSION, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES)
+    uploads = {batches.UPLOAD_PATH: batches.MAX_UPLOAD_BYTES}
+    app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES, larger=uploads)
     app.add_middleware(Door, doorkeeper_getter=lambda: frontend_getter().doorkeeper)
     app.add_middleware(RequestIds)  # added last, so outermost: errors of the others have the id too
     install(app)
     app.include_router(_generation(frontend_getter, write_timeout_s))
     app.include_router(tokenizer_api.router(frontend_getter))
+    app.include_router(batches.router(batches_getter))
     documents.install(app)
 
     @app.get("/healthz")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,29 +15,33 @@ TOO_LARGE = 413
 
 
 class BodyLimit:
-    """ASGI middleware: 413 in OpenAI's form for a body over `max_body_bytes`, whether its length was declared or not."""
+    """ASGI middleware: 413 in OpenAI's form for a body over `max_body_bytes`, whether its length was declared or not.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app, self._limit = app, max_body_bytes
+    `larger`: path → the bound there.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, larger: Mapping[str, int] | None = None) -> None:
+        self._app, self._limit, self._larger = app, max_body_bytes, larger or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        problem = f"the body may have at most {self._limit} bytes"
+        limit = self._larger.get(scope["path"], self._limit)
+        problem = f"the body may have at most {limit} bytes"
         received = 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._limit:
+            if received > limit:
                 raise HTTPException(TOO_LARGE, problem)  # the application's handler writes it
             return message
 
         declared = dict(scope["headers"]).get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self._limit:
+        if declared.isdigit() and int(declared) > limit:
             error = InvalidArgumentError("BODY_TOO_LARGE", problem)
             await JSONResponse(error_object(error), status_code=TOO_LARGE)(scope, receive, send)
             return

@@ -1,0 +1,126 @@
+"""/v1/files and /v1/batches, as OpenAI's clients call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, File, Form, Query, UploadFile
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict
+
+from gateway.access import visit as visits
+from gateway.api.http import documents
+from gateway.batch.plan import window_s
+from gateway.batch.records import UNLIMITED, batch_object, file_object
+from gateway.batch.service import BatchService
+from stageline.errors import FailedPreconditionError, InvalidArgumentError
+
+UPLOAD_PATH = "/v1/files"
+MAX_UPLOAD_BYTES = 1 << 30
+CHUNK_BYTES = 1 << 20
+
+
+class BatchBody(BaseModel):
+    """The body of POST /v1/batches."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: dict[str, str] | None = None
+
+
+class Deleted(BaseModel):
+    """What is gone."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
+
+
+def router(batches_getter: Callable[[], BatchService | None]) -> APIRouter:
+    """The paths; without a batch service each of them says so."""
+    api = APIRouter()
+    wrong = documents.errors(400, 404)
+
+    def batches() -> BatchService:
+        service = batches_getter()
+        if service is None:
+            raise FailedPreconditionError(
+                "BATCHES_OFF", "this server keeps no batches; start it with batch.state_url", field="batch.state_url"
+            )
+        return service
+
+    @api.post(UPLOAD_PATH, responses=documents.errors(400, 413))
+    async def upload(file: Annotated[UploadFile, File()], purpose: Annotated[str, Form()]) -> dict[str, Any]:
+        """Upload the input of a batch."""
+        if purpose != "batch":
+            raise InvalidArgumentError(
+                "PURPOSE_NOT_SERVED", f"purpose must be batch, got {purpose[:32]!r}", field="purpose"
+            )
+        service, tenant = batches(), _tenant()
+        file_id, offset = await service.create_file(tenant, file.filename or "input.jsonl"), 0
+        while chunk := await file.read(CHUNK_BYTES):
+            offset = await service.write_file(tenant, file_id, offset, chunk)
+        return file_object(await service.complete_file(tenant, file_id))
+
+    @api.get("/v1/files", responses=documents.errors())
+    async def list_files() -> dict[str, Any]:
+        """Uploaded files, the newest first."""
+        data = [file_object(file) for file in await batches().list_files(_tenant())]
+        return {"object": "list", "data": data, "has_more": False}
+
+    @api.get("/v1/files/{file_id}", responses=wrong)
+    async def retrieve_file(file_id: str) -> dict[str, Any]:
+        """One file."""
+        return file_object(await batches().get_file(_tenant(), file_id))
+
+    @api.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=wrong)
+    async def content(file_id: str) -> StreamingResponse:
+        """A file's bytes."""
+        service, tenant = batches(), _tenant()
+        await service.get_file(tenant, file_id)  # an error has to come before the first byte
+        return StreamingResponse(service.read_file(tenant, file_id), media_type="application/jsonl")
+
+    @api.delete("/v1/files/{file_id}", responses=wrong)
+    async def delete_file(file_id: str) -> Deleted:
+        """Forget a file that no running batch needs."""
+        await batches().delete_file(_tenant(), file_id)
+        return Deleted(id=file_id)
+
+    @api.post("/v1/batches", responses=wrong)
+    async def create(body: BatchBody) -> JSONResponse:
+        """Run a file."""
+        window = None if body.completion_window == UNLIMITED else window_s(body.completion_window)
+        if not body.endpoint:
+            raise InvalidArgumentError("ENDPOINT_UNKNOWN", "endpoint is required", field="endpoint")
+        batch = await batches().create_batch(
+            _tenant(), body.input_file_id, endpoint=body.endpoint, window_s=window, metadata=body.metadata
+        )
+        return JSONResponse(batch_object(batch))
+
+    @api.get("/v1/batches", responses=wrong)
+    async def list_batches(after: str = "", limit: Annotated[int, Query(ge=1, le=100)] = 20) -> dict[str, Any]:
+        """Batches, the newest first."""
+        found, more = await batches().list_batches(_tenant(), after, limit)
+        data = [batch_object(batch) for batch in found]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": data, **ends, "has_more": more}
+
+    @api.get("/v1/batches/{batch_id}", responses=wrong)
+    async def retrieve(batch_id: str) -> dict[str, Any]:
+        """One batch, as it is now."""
+        return batch_object(await batches().get_batch(_tenant(), batch_id))
+
+    @api.post("/v1/batches/{batch_id}/cancel", responses=wrong)
+    async def cancel(batch_id: str) -> dict[str, Any]:
+        """Stop a batch; results that are there stay."""
+        return batch_object(await batches().cancel_batch(_tenant(), batch_id))
+
+    return api
+
+
+def _tenant() -> str:
+    visit = visits.current.get()
+    return visit.account.tenant if visit is not None else ""

@@ -1,0 +1,183 @@
+"""Runs pending lines, oldest batch first, a bounded number at a time; retries what can succeed later."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from gateway.api.errors import as_typed
+from gateway.batch import store
+from gateway.batch.database import Database
+from gateway.batch.lines import LineProblem, LineRequest, is_blank, read_line
+from gateway.batch.records import line_record
+from gateway.batch.types import Batch
+from stageline.client.backoff import Backoff
+from stageline.errors import DeadlineExceededError, ResourceExhaustedError, StagelineError, UnavailableError
+
+logger = logging.getLogger("stageline.gateway.batch")
+
+RETRIED = (UnavailableError, ResourceExhaustedError)
+BACKOFF = Backoff(initial_s=0.2, max_s=30.0)
+
+Run = Callable[[LineRequest, str, str], Awaitable[dict[str, Any]]]  # (request, tenant, request_id) → the answer's body
+
+
+@dataclass(slots=True)
+class _Feed:
+    """What is left to start of one batch, and what runs of it."""
+
+    id: str
+    tenant: str
+    lines: deque[tuple[int, bytes]] = field(default_factory=deque)
+    cursor: int = 0
+    exhausted: bool = False
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class Worker:
+    """One task that starts and ends others; all it decides on is in the database, so it may die at any point."""
+
+    def __init__(self, database: Database, run: Run, *, max_concurrency: int, backoff: Backoff = BACKOFF) -> None:
+        self._database, self._run, self._max_concurrency, self._backoff = database, run, max_concurrency, backoff
+        self._feeds: dict[str, _Feed] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin, with what an earlier server left."""
+        self._task = asyncio.create_task(self._work())
+
+    def notify(self) -> None:
+        """A batch was created or is to be cancelled."""
+        self._wake.set()
+
+    async def stop(self) -> None:
+        """End at once; lines that run are run again by the next server."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for feed in self._feeds.values():
+            await _end(feed)
+
+    async def _work(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._round()
+                failures = 0
+            except Exception as error:
+                logger.error("batches pause: %s", as_typed(error, where="the batch worker").message)
+                await asyncio.sleep(self._backoff.delay_s(failures, random.random()) or 0.0)
+                failures += 1
+
+    async def _round(self) -> None:
+        """End what is to end, fill free places, wait for the next reason to do so."""
+        self._wake.clear()
+        batches = await self._database.read(store.unfinished)
+        now_s = time.time()
+        going = []
+        for batch in batches:
+            if batch.status == "cancelling":
+                await self._stop_running(batch.id)
+                await self._database.write(partial(store.end_cancelled, batch_id=batch.id, now_s=int(time.time())))
+            elif batch.expires_s is not None and batch.expires_s <= now_s:
+                await self._expire(batch)
+            else:
+                going.append(batch)
+        for gone in self._feeds.keys() - {batch.id for batch in going}:
+            await self._stop_running(gone)
+        for batch in going:
+            await self._fill(batch)
+        expiries = [batch.expires_s - now_s for batch in going if batch.expires_s is not None]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), max(0.0, min(expiries)) if expiries else None)
+
+    async def _fill(self, batch: Batch) -> None:
+        feed = self._feeds.setdefault(batch.id, _Feed(batch.id, batch.tenant))
+        while sum(len(one.tasks) for one in self._feeds.values()) < self._max_concurrency:
+            if not feed.lines:
+                if feed.exhausted:
+                    return
+                page = await self._database.read(lambda c: store.pending(c, feed.id, feed.cursor))
+                feed.exhausted = not page
+                feed.cursor = page[-1][0] if page else feed.cursor
+                feed.lines.extend((number, line) for number, line in page if not is_blank(line))
+                continue
+            task = asyncio.create_task(self._line(feed, *feed.lines.popleft()))
+            feed.tasks.add(task)
+            task.add_done_callback(lambda done: self._ended(feed, done))
+
+    def _ended(self, feed: _Feed, task: asyncio.Task[None]) -> None:
+        feed.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # The line has no record, so it is found again when the feed starts over.
+            logger.error("batch %s: a line will run again", feed.id, exc_info=task.exception())
+            feed.cursor, feed.exhausted = 0, False
+            feed.lines.clear()
+        self._wake.set()
+
+    async def _line(self, feed: _Feed, number: int, line: bytes) -> None:
+        """Run a line until it has an answer or an error that stays, and return when its record is durable."""
+        batch_id = feed.id
+        read = read_line(line, number, "")
+        record, ok = b"", False
+        if isinstance(read, LineProblem):
+            record = line_record(batch_id, number, read.custom_id, error=read.error)
+        else:
+            try:
+                body = await self._retried(lambda: self._run(read, feed.tenant, f"{batch_id}-{number}"))
+                record, ok = line_record(batch_id, number, read.custom_id, body=body), True
+            except Exception as error:
+                typed = as_typed(error, where=f"line {number} of {batch_id}")
+                record = line_record(batch_id, number, read.custom_id, error=typed, ran=True)
+        await self._retried(
+            lambda: self._database.write(
+                lambda c: store.add_result(c, batch_id, number, record, ok=ok, now_s=int(time.time()))
+            )
+        )
+
+    async def _retried(self, action: Callable[[], Awaitable[Any]]) -> Any:
+        """What `action` returns, as soon as it does not fail with an error of RETRIED."""
+        failures = 0
+        while True:
+            try:
+                return await action()
+            except RETRIED as error:
+                retry_after_s = float(error.metadata.get("retry_after_s", 0.0))
+                delay_s = self._backoff.delay_s(failures, random.random(), retry_after_s=retry_after_s)
+                assert delay_s is not None  # no deadline was given
+                failures += 1
+                await asyncio.sleep(delay_s)
+
+    async def _expire(self, batch: Batch) -> None:
+        await self._stop_running(batch.id)
+        error: StagelineError = DeadlineExceededError(
+            "BATCH_EXPIRED", "the batch's completion window ended before this line ran", window_s=batch.window_s
+        )
+        records, after = [], 0
+        while page := await self._database.read(partial(store.pending, batch_id=batch.id, after_line=after)):
+            for number, line in page:
+                if not is_blank(line):
+                    custom_id = read_line(line, number, "").custom_id
+                    records.append((number, line_record(batch.id, number, custom_id, error=error)))
+            after = page[-1][0]
+        await self._database.write(lambda c: store.end_expired(c, batch.id, records, int(time.time())))
+
+    async def _stop_running(self, batch_id: str) -> None:
+        feed = self._feeds.pop(batch_id, None)
+        if feed is not None:
+            await _end(feed)
+
+
+async def _end(feed: _Feed) -> None:
+    for task in feed.tasks:
+        task.cancel()
+    await asyncio.gather(*feed.tasks, return_exceptions=True)
