@@ -29,7 +29,7 @@ async def test_cancelled_in_a_write_closes_the_generator_at_once():
             writing.set()
             await asyncio.Event().wait()
 
-    task = asyncio.create_task(_stream(method, "/x")(object(), Context()))
+    task = asyncio.create_task(_stream(method, "/x", 60.0)(object(), Context()))
     await writing.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
