@@ -112,6 +112,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "num_blocks": config.kv_cache.num_blocks,
         "num_threads": threads,
         "host": config.stages.host,
+        "shared_memory_bytes": config.stages.shared_memory_bytes,
         "stall_timeout_s": 2 * config.pipelines.stall_timeout_s,
     }
 

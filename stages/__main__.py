@@ -10,7 +10,7 @@ import sys
 
 from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
 from stages.partition import parse_layer_ranges
-from stages.spec import DEVICES, DTYPE_NAMES, QUANTIZATIONS, StageSpec
+from stages.spec import DEFAULT_SHARED_MEMORY_BYTES, DEVICES, DTYPE_NAMES, QUANTIZATIONS, StageSpec
 
 
 def _choices(names: tuple[str, ...]) -> str:
@@ -35,6 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-memory-bytes", type=int, help="bytes of the KV cache; default 1 GiB on the CPU")
     parser.add_argument("--num-blocks", type=int, help="KV blocks, instead of --kv-memory-bytes")
     parser.add_argument("--num-threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--shared-memory-bytes",
+        type=int,
+        default=DEFAULT_SHARED_MEMORY_BYTES,
+        help="of the ring to a next stage on this host; 0: hidden states go over the socket",
+    )
     return parser
 
 

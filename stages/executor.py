@@ -121,7 +121,10 @@ class StageExecutor:
         hidden_TD = None if runner.model.is_first else self._hidden(frame, len(batch.token_ids))
         out = runner.execute(batch, hidden_TD)
         if self._logits is None:
-            return runner.transfers.to_host(out)()
+            out = runner.transfers.to_host(out)()
+            # Layers that work in place: memory of the input is written again while the output is being sent.
+            borrowed = frame.give_back is not None and hidden_TD is not None and _same_memory(out, hidden_TD)
+            return out.clone() if borrowed else out
         self._logits.release(step.released_sequence_ids)
         rows = []
         for index in batch.output_rows:
@@ -140,3 +143,7 @@ class StageExecutor:
                 f"type {self.element_type} and {expected} bytes for {num_tokens} tokens of {width} elements",
             )
         return torch.frombuffer(frame.payload, dtype=self.runner.dtype).view(num_tokens, width)
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -49,7 +49,11 @@ class StageReplica:
         listener = Listener(spec.host, spec.port)
         executor, fingerprint, capacity = await asyncio.to_thread(self._load)
         self._server = StageServer(
-            executor, fingerprint=fingerprint, kv_capacity_blocks=capacity, queue_depth_steps=spec.queue_depth_steps
+            executor,
+            fingerprint=fingerprint,
+            kv_capacity_blocks=capacity,
+            queue_depth_steps=spec.queue_depth_steps,
+            shared_memory_bytes=spec.shared_memory_bytes,
         )
         port = await self._server.start_on(listener)
         self.address = f"{spec.host}:{port}"

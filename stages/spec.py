@@ -11,6 +11,7 @@ from stages.config_values import MAX_LAYERS
 DTYPE_NAMES = ("float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int4")
 DEVICES = ("cpu", "cuda")
+DEFAULT_SHARED_MEMORY_BYTES = 128 << 20  # four payloads of 2,048 tokens of the 72B
 _MAX_INT32 = (1 << 31) - 1  # slots and block ids travel as int32
 _INTEGERS = (
     ("start_layer", 0, MAX_LAYERS),
@@ -21,6 +22,7 @@ _INTEGERS = (
     ("num_threads", 1, 1024),
     ("port", 0, 65535),
     ("queue_depth_steps", 1, 1 << 16),
+    ("shared_memory_bytes", 0, 1 << 40),
 )
 _OPTIONAL = ("kv_memory_bytes", "num_blocks", "num_threads")
 
@@ -31,7 +33,7 @@ class StageSpec:
 
     Raises ConfigError where a value cannot be right on any machine; what depends on the machine or the checkpoint is
     checked when the stage starts. After `stall_timeout_s` in one step a replica reports itself unhealthy, so that it is
-    replaced; the gateway gives up on it earlier (pipelines.stall_timeout_s).
+    replaced; the gateway gives up on it earlier (pipelines.stall_timeout_s). `shared_memory_bytes` bounds the ring to a next stage on the same host; 0: none.
     """
 
     model: str
@@ -51,6 +53,7 @@ class StageSpec:
     revision: str | None = None
     queue_depth_steps: int = 8
     stall_timeout_s: float = 120.0
+    shared_memory_bytes: int = DEFAULT_SHARED_MEMORY_BYTES
 
     def __post_init__(self) -> None:
         for name in ("model", "host"):

@@ -124,6 +124,8 @@ class Epoch:
         try:
             return self._executor.execute(frame, received_ns)
         finally:
+            if frame.give_back is not None:
+                frame.give_back()
             self.running_step, self.running_since_s, self.executed_step = 0, None, frame.step_id
 
     async def _send_loop(self) -> None:
