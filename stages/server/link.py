@@ -98,7 +98,7 @@ class Link:
                 self._ring = ring
             _LOG.info("hidden states to %s go %s", self.address, "through shared memory" if self._ring else "in frames")
         finally:
-            if ring is not None:
+            if ring is not None and self._ring is None:
                 ring.close()
 
     async def _watch(self, call: grpc.aio.StreamUnaryCall[bytes, bytes]) -> None:
@@ -130,7 +130,9 @@ class Link:
 
     async def close(self) -> None:
         """End the stream quietly."""
-        self._ring = None
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            ring.close()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._call is not None:

@@ -56,13 +56,13 @@ class SendRing:
         try:
             os.ftruncate(self._fd, _DATA_OFFSET + self.size_bytes)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map = mmap.mmap(self._fd, _DATA_OFFSET + self.size_bytes)
+            self._map: Any = mmap.mmap(self._fd, _DATA_OFFSET + self.size_bytes)
         except BaseException:
             os.close(self._fd)
             raise
         self._token = self._map[:_TOKEN_BYTES] = secrets.token_bytes(_TOKEN_BYTES)
-        self._data = np.frombuffer(self._map, np.uint8, offset=_DATA_OFFSET)
-        self._done_1 = np.frombuffer(self._map, np.uint64, count=1, offset=_DONE_OFFSET)
+        self._data: Any = np.frombuffer(self._map, np.uint8, offset=_DATA_OFFSET)
+        self._done_1: Any = np.frombuffer(self._map, np.uint64, count=1, offset=_DONE_OFFSET)
         self._head = self._seen = 0
         self._usable = True
 
@@ -79,20 +79,21 @@ class SendRing:
         return hmac.compare_digest(given, (self._token + theirs).hex().encode()) and any(theirs)
 
     def close(self) -> None:
-        """Close what `settle` has not. The memory goes with the last reference to this ring."""
+        """No more room is given. The memory is unmapped at once, or after a copy that runs."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        self._usable = False
+        self._data = self._done_1 = self._map = None
 
     def reserve(self, num_bytes: int) -> int | None:
         """A position with room for `num_bytes`, or None while there is none: such a payload goes in frames."""
-        done, size = int(self._done_1[0]), self.size_bytes
-        if self._usable and not self._seen <= done <= self._head:
-            self._usable = False
-            _LOG.warning(
-                "shared memory: the receiver says it is done up to %d of %d; not used any more", done, self._head
-            )
         if not self._usable:
+            return None
+        done, size = int(self._done_1[0]), self.size_bytes
+        if not self._seen <= done <= self._head:
+            self._usable = False
+            _LOG.warning("shared memory is not used any more: the receiver is done up to %d of %d", done, self._head)
             return None
         self._seen, need, start, empty = done, _round_up(num_bytes, _ALIGNMENT), self._head, done == self._head
         if empty or start % size + need > size:  # the beginning is in caches; or there is no room up to the end
@@ -104,9 +105,10 @@ class SendRing:
 
     def fill(self, position: int, payload: Any) -> None:
         """Copy a payload (bytes-like) to a position that was reserved for it."""
-        source = np.frombuffer(payload, np.uint8)
-        offset = position % self.size_bytes
-        np.copyto(self._data[offset : offset + len(source)], source)
+        source, data = np.frombuffer(payload, np.uint8), self._data
+        if data is not None:  # else closed meanwhile: what is sent afterwards reaches nobody
+            offset = position % self.size_bytes
+            np.copyto(data[offset : offset + len(source)], source)
 
 
 class ReceiveRing:
@@ -128,14 +130,14 @@ class ReceiveRing:
                 raise ValueError(f"{path} has {found.st_size} bytes, expected {_DATA_OFFSET + size}")
             if fcntl.fcntl(own, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                 raise ValueError(f"{path} is not sealed")
-            self._map = mmap.mmap(own, _DATA_OFFSET + size)
+            self._map: Any = mmap.mmap(own, _DATA_OFFSET + size)
         finally:
             os.close(own)
         self.size_bytes = size
         token = secrets.token_bytes(_TOKEN_BYTES)
         self.proof = (self._map[:_TOKEN_BYTES] + token).hex()
         self._map[_TOKEN_BYTES : 2 * _TOKEN_BYTES] = token
-        self._done_1 = np.frombuffer(self._map, np.uint64, count=1, offset=_DONE_OFFSET)
+        self._done_1: Any = np.frombuffer(self._map, np.uint64, count=1, offset=_DONE_OFFSET)
         self._taken = self._given_back = 0
         self._order = threading.Lock()
 
@@ -165,8 +167,13 @@ class ReceiveRing:
         for _ in range(2):  # what was read before the first release is read before anything after the second acquire
             with self._order:
                 pass
-        self._given_back = end
-        self._done_1[0] = end
+        self._given_back, done_1 = end, self._done_1
+        if done_1 is not None:
+            done_1[0] = end
+
+    def close(self) -> None:
+        """Nothing is taken any more. The memory is unmapped once the payloads that were taken are gone."""
+        self._done_1 = self._map = None
 
 
 def offered(size_bytes: int) -> SendRing | None:

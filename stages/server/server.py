@@ -139,6 +139,7 @@ class StageServer(pb_grpc.StageServiceServicer):
             batch_invariant=runner.model.batch_invariant,
             busy_s=self.busy_s(),
             quantization=runner.quantization or "",
+            hidden_dtype=self._executor.hidden_states.element_type,
         )
 
     async def Claim(self, request: pb.ClaimRequest, context: Any) -> pb.ClaimResponse:

@@ -50,20 +50,24 @@ class DataStreams:
         epoch = await self._enter(context)
         offer = dict(context.invocation_metadata()).get(OFFER)
         ring = attached(str(offer)) if offer is not None and self._shares_memory else None
-        if offer is not None:
-            await context.send_initial_metadata(((PROOF, ring.proof if ring is not None else ""),))
-        assembler = Assembler(self._max_payload_bytes(), ring)
         try:
+            if offer is not None:
+                await context.send_initial_metadata(((PROOF, ring.proof if ring is not None else ""),))
+            assembler = Assembler(self._max_payload_bytes(), ring)
             while (message := await epoch.until_over(context.read())) is not _EOF:
                 if (frame := assembler.feed(message)) is None:
                     continue
                 if frame.epoch != epoch.number:
                     raise self._stale(frame.epoch)
                 await epoch.put(frame)
+                del frame  # its memory may be shared: it is held until the step is computed, and not for longer
         except EpochOverError:
             await abort(context, self._stale(epoch.number))
         except StagelineError as error:
             await abort(context, error)
+        finally:
+            if ring is not None:
+                ring.close()
         return b""
 
     async def _results(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
