@@ -104,6 +104,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "end_layer": end_layer,
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
+        "hidden_dtype": config.stages.hidden_dtype,
         "device": config.stages.device,
         "batch_invariant": config.model.batch_invariant,
         "debug_kv": config.kv_cache.debug,

@@ -60,6 +60,9 @@ class StagesSection(_Section):
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a stage; default: cores / stages")
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray reserves for a stage")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for a stage")
+    hidden_dtype: Literal["fp8", "int8"] | None = Field(
+        None, description="8-bit hidden states between stages, a scale a token; default: as computed"
+    )
     shared_memory_bytes: int = Field(
         DEFAULT_SHARED_MEMORY_BYTES, ge=0, le=1 << 40,
         description="memory through which a stage passes hidden states to the next one on its host; 0: over the socket",

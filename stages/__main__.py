@@ -10,7 +10,7 @@ import sys
 
 from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
 from stages.partition import parse_layer_ranges
-from stages.spec import DEFAULT_SHARED_MEMORY_BYTES, DEVICES, DTYPE_NAMES, QUANTIZATIONS, StageSpec
+from stages.spec import DEFAULT_SHARED_MEMORY_BYTES, DEVICES, DTYPE_NAMES, HIDDEN_DTYPES, QUANTIZATIONS, StageSpec
 
 
 def _choices(names: tuple[str, ...]) -> str:
@@ -26,6 +26,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16", metavar=_choices(DTYPE_NAMES))
     parser.add_argument(
         "--quantization", metavar=_choices(QUANTIZATIONS), help="quantize weights while loading (CPU only)"
+    )
+    parser.add_argument(
+        "--hidden-dtype",
+        metavar=_choices(HIDDEN_DTYPES),
+        help="8-bit hidden states between stages; default: as computed",
     )
     parser.add_argument("--device", default="cpu", metavar=_choices(DEVICES))
     parser.add_argument("--revision", help="hub revision")

@@ -110,7 +110,7 @@ class StageReplica:
                 "WEIGHTS_MISSING", f"layers {layers}: tensors were not loaded: {', '.join(sorted(missing))}"
             )
         _LOG.info("layers %s: %s", layers, runner.report())
-        return StageExecutor(runner), checkpoint.fingerprint, self._kv_blocks(runner)
+        return StageExecutor(runner, hidden_dtype=spec.hidden_dtype), checkpoint.fingerprint, self._kv_blocks(runner)
 
     def _kv_blocks(self, runner: StageRunner) -> int:
         spec = self.spec

@@ -10,6 +10,7 @@ from stages.config_values import MAX_LAYERS
 
 DTYPE_NAMES = ("float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int4")
+HIDDEN_DTYPES = ("fp8", "int8")
 DEVICES = ("cpu", "cuda")
 DEFAULT_SHARED_MEMORY_BYTES = 128 << 20  # four payloads of 2,048 tokens of the 72B
 _MAX_INT32 = (1 << 31) - 1  # slots and block ids travel as int32
@@ -44,6 +45,7 @@ class StageSpec:
     batch_invariant: bool = False
     debug_kv: bool = False
     quantization: str | None = None
+    hidden_dtype: str | None = None
     block_size_tokens: int = 16
     kv_memory_bytes: int | None = None
     num_blocks: int | None = None
@@ -64,6 +66,8 @@ class StageSpec:
         self._check("device", self.device in DEVICES, f"one of {', '.join(DEVICES)}")
         fits = self.quantization is None or self.quantization in QUANTIZATIONS
         self._check("quantization", fits, f"one of {', '.join(QUANTIZATIONS)}, or not set")
+        fits = self.hidden_dtype is None or self.hidden_dtype in HIDDEN_DTYPES
+        self._check("hidden_dtype", fits, f"one of {', '.join(HIDDEN_DTYPES)}, or not set")
         for name in ("batch_invariant", "debug_kv"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         seconds = self.stall_timeout_s
