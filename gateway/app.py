@@ -110,6 +110,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "end_layer": end_layer,
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
+        "hidden_dtype": config.stages.hidden_dtype,
         "device": config.stages.device,
         "batch_invariant": config.model.batch_invariant,
         "debug_kv": config.kv_cache.debug,
@@ -118,6 +119,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "num_blocks": config.kv_cache.num_blocks,
         "num_threads": threads,
         "host": config.stages.host,
+        "shared_memory_bytes": config.stages.shared_memory_bytes,
         "stall_timeout_s": 2 * config.pipelines.stall_timeout_s,
         **config.security.stage_files(),
     }

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.batch.state_url import path_of, url_of
 from stageline.errors import ConfigError
+from stages.spec import DEFAULT_SHARED_MEMORY_BYTES
 from stages.tls import TlsFiles, tls_files
 
 ENV_PREFIX = "STAGELINE_"
@@ -62,6 +63,13 @@ class StagesSection(_Section):
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a stage; default: cores / stages")
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray reserves for a stage")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for a stage")
+    hidden_dtype: Literal["fp8", "int8"] | None = Field(
+        None, description="8-bit hidden states between stages, a scale a token; default: as computed"
+    )
+    shared_memory_bytes: int = Field(
+        DEFAULT_SHARED_MEMORY_BYTES, ge=0, le=1 << 40,
+        description="memory through which a stage passes hidden states to the next one on its host; 0: over the socket",
+    )  # fmt: skip
     host: str | None = Field(None, description="address stage servers listen on; default: the node's")
 
 

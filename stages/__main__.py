@@ -10,7 +10,7 @@ import sys
 
 from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
 from stages.partition import parse_layer_ranges
-from stages.spec import DEVICES, DTYPE_NAMES, QUANTIZATIONS, StageSpec
+from stages.spec import DEFAULT_SHARED_MEMORY_BYTES, DEVICES, DTYPE_NAMES, HIDDEN_DTYPES, QUANTIZATIONS, StageSpec
 
 
 def _choices(names: tuple[str, ...]) -> str:
@@ -27,6 +27,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantization", metavar=_choices(QUANTIZATIONS), help="quantize weights while loading (CPU only)"
     )
+    parser.add_argument(
+        "--hidden-dtype",
+        metavar=_choices(HIDDEN_DTYPES),
+        help="8-bit hidden states between stages; default: as computed",
+    )
     parser.add_argument("--device", default="cpu", metavar=_choices(DEVICES))
     parser.add_argument("--revision", help="hub revision")
     parser.add_argument("--batch-invariant", action="store_true", help="bits do not depend on neighbours (slower)")
@@ -40,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ca-file", metavar="PEM", help="the authority that signs all stages and gateways")
     parser.add_argument("--server-name", help="name in the stages' certificates, instead of their addresses")
     parser.add_argument("--token-file", metavar="FILE", help="tokens, one a line: the first is sent, all are accepted")
+    parser.add_argument(
+        "--shared-memory-bytes",
+        type=int,
+        default=DEFAULT_SHARED_MEMORY_BYTES,
+        help="of the ring to a next stage on this host; 0: hidden states go over the socket",
+    )
     return parser
 
 

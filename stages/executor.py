@@ -11,23 +11,20 @@ from google.protobuf.message import DecodeError
 from stageline.errors import InvalidArgumentError, ResourceExhaustedError, StagelineError, UnimplementedError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.batch import StepBatch
+from stages.hidden_states import ELEMENT_TYPES, HiddenStateCodec
 from stages.logits import LogitsProcessor, check_sampling
 from stages.runner import StageRunner
 from stages.server.frames import MAX_PAYLOAD_BYTES, StepFrame
-
-ELEMENT_TYPES: dict[torch.dtype, pb.ElementType.ValueType] = {
-    torch.float32: pb.ELEMENT_TYPE_FLOAT32,
-    torch.bfloat16: pb.ELEMENT_TYPE_BFLOAT16,
-    torch.float16: pb.ELEMENT_TYPE_FLOAT16,
-}
 
 
 class StageExecutor:
     """Decodes a step, runs the layers, and on the last stage turns logits into candidates."""
 
-    def __init__(self, runner: StageRunner) -> None:
+    def __init__(self, runner: StageRunner, *, hidden_dtype: str | None = None) -> None:
+        """`hidden_dtype` is what hidden states are reduced to on the wire: None, fp8 or int8."""
         self.runner = runner
         self.element_type = ELEMENT_TYPES[runner.dtype]
+        self.hidden_states = HiddenStateCodec(runner.dtype, runner.config.hidden_size, hidden_dtype)
         self._name = str(runner.layers)
         self._logits = LogitsProcessor(runner.config.vocab_size, runner.device) if runner.model.is_last else None
 
@@ -47,7 +44,7 @@ class StageExecutor:
         if runner.model.is_first:
             return 0
         slots = runner.num_blocks * runner.block_size_tokens
-        return min(MAX_PAYLOAD_BYTES, slots * runner.config.hidden_size * runner.dtype.itemsize)
+        return min(MAX_PAYLOAD_BYTES, self.hidden_states.num_bytes(slots))
 
     def reset(self) -> None:
         """A new epoch: what the last stage remembered of sequences is registered again."""
@@ -82,11 +79,11 @@ class StageExecutor:
         if isinstance(out, list):
             result = pb.StepResult(step_id=frame.step_id, rows=out, timings=trace.timings)
             return StepFrame(frame.epoch, frame.step_id, result.SerializeToString())
-        raw: Any = out.reshape(-1).view(torch.uint8).numpy()  # flat: one row may have odd strides
-        payload = memoryview(raw).cast("B")
+        raw: Any = out.numpy()
         return StepFrame(
-            frame.epoch, frame.step_id, frame.header, trace.SerializeToString(), self.element_type, payload
-        )
+            frame.epoch, frame.step_id, frame.header, trace.SerializeToString(), self.hidden_states.element_type,
+            memoryview(raw).cast("B"),
+        )  # fmt: skip
 
     def _failure(self, error: Exception) -> pb.StepError:
         reason, message = "STEP_FAILED", f"{type(error).__name__}: {error}"
@@ -121,7 +118,10 @@ class StageExecutor:
         hidden_TD = None if runner.model.is_first else self._hidden(frame, len(batch.token_ids))
         out = runner.execute(batch, hidden_TD)
         if self._logits is None:
-            return runner.transfers.to_host(out)()
+            out = runner.transfers.to_host(out)()
+            # Layers that work in place: memory of the input is written again while the output is being sent.
+            borrowed = frame.give_back is not None and hidden_TD is not None and _same_memory(out, hidden_TD)
+            return self.hidden_states.encode(out.clone() if borrowed else out)
         self._logits.release(step.released_sequence_ids)
         rows = []
         for index in batch.output_rows:
@@ -131,12 +131,16 @@ class StageExecutor:
         return self._logits.process(out, rows)
 
     def _hidden(self, frame: StepFrame, num_tokens: int) -> torch.Tensor:
-        width = self.runner.config.hidden_size
-        expected = num_tokens * width * self.runner.dtype.itemsize
-        if frame.element_type != self.element_type or len(frame.payload) != expected:
+        codec, width = self.hidden_states, self.runner.config.hidden_size
+        expected = codec.num_bytes(num_tokens)
+        if frame.element_type != codec.element_type or len(frame.payload) != expected:
             raise InvalidArgumentError(
                 "HIDDEN_STATES_MISMATCH",
                 f"hidden states have element type {frame.element_type} and {len(frame.payload)} bytes, expected "
-                f"type {self.element_type} and {expected} bytes for {num_tokens} tokens of {width} elements",
+                f"type {codec.element_type} and {expected} bytes for {num_tokens} tokens of {width} elements",
             )
-        return torch.frombuffer(frame.payload, dtype=self.runner.dtype).view(num_tokens, width)
+        return codec.decode(torch.frombuffer(frame.payload, dtype=torch.uint8), num_tokens)
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -51,7 +51,11 @@ class StageReplica:
         listener = Listener(spec.host, spec.port, access)
         executor, fingerprint, capacity = await asyncio.to_thread(self._load)
         self._server = StageServer(
-            executor, fingerprint=fingerprint, kv_capacity_blocks=capacity, queue_depth_steps=spec.queue_depth_steps
+            executor,
+            fingerprint=fingerprint,
+            kv_capacity_blocks=capacity,
+            queue_depth_steps=spec.queue_depth_steps,
+            shared_memory_bytes=spec.shared_memory_bytes,
         )
         port = await self._server.start_on(listener)
         self.address = f"{spec.host}:{port}"
@@ -108,7 +112,7 @@ class StageReplica:
                 "WEIGHTS_MISSING", f"layers {layers}: tensors were not loaded: {', '.join(sorted(missing))}"
             )
         _LOG.info("layers %s: %s", layers, runner.report())
-        return StageExecutor(runner), checkpoint.fingerprint, self._kv_blocks(runner)
+        return StageExecutor(runner, hidden_dtype=spec.hidden_dtype), checkpoint.fingerprint, self._kv_blocks(runner)
 
     def _kv_blocks(self, runner: StageRunner) -> int:
         spec = self.spec

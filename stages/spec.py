@@ -10,7 +10,9 @@ from stages.config_values import MAX_LAYERS
 
 DTYPE_NAMES = ("float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int4")
+HIDDEN_DTYPES = ("fp8", "int8")
 DEVICES = ("cpu", "cuda")
+DEFAULT_SHARED_MEMORY_BYTES = 128 << 20  # four payloads of 2,048 tokens of the 72B
 _MAX_INT32 = (1 << 31) - 1  # slots and block ids travel as int32
 _INTEGERS = (
     ("start_layer", 0, MAX_LAYERS),
@@ -21,6 +23,7 @@ _INTEGERS = (
     ("num_threads", 1, 1024),
     ("port", 0, 65535),
     ("queue_depth_steps", 1, 1 << 16),
+    ("shared_memory_bytes", 0, 1 << 40),
 )
 ACCESS_FIELDS = ("certificate_file", "key_file", "ca_file", "server_name", "token_file")  # of StageAccess
 _OPTIONAL = ("kv_memory_bytes", "num_blocks", "num_threads")
@@ -33,7 +36,7 @@ class StageSpec:
     Raises ConfigError where a value cannot be right on any machine; what depends on the machine or the checkpoint is
     checked when the stage starts. After `stall_timeout_s` in one step a replica reports itself unhealthy, so that it is
     replaced; the gateway gives up on it earlier (pipelines.stall_timeout_s). `stages.server.access.StageAccess` says what the
-    files are.
+    files are. `shared_memory_bytes` bounds the ring to a next stage on the same host; 0: none.
     """
 
     model: str
@@ -44,6 +47,7 @@ class StageSpec:
     batch_invariant: bool = False
     debug_kv: bool = False
     quantization: str | None = None
+    hidden_dtype: str | None = None
     block_size_tokens: int = 16
     kv_memory_bytes: int | None = None
     num_blocks: int | None = None
@@ -58,6 +62,7 @@ class StageSpec:
     ca_file: str | None = None
     server_name: str | None = None
     token_file: str | None = None
+    shared_memory_bytes: int = DEFAULT_SHARED_MEMORY_BYTES
 
     def __post_init__(self) -> None:
         for name in ("model", "host"):
@@ -70,6 +75,8 @@ class StageSpec:
         self._check("device", self.device in DEVICES, f"one of {', '.join(DEVICES)}")
         fits = self.quantization is None or self.quantization in QUANTIZATIONS
         self._check("quantization", fits, f"one of {', '.join(QUANTIZATIONS)}, or not set")
+        fits = self.hidden_dtype is None or self.hidden_dtype in HIDDEN_DTYPES
+        self._check("hidden_dtype", fits, f"one of {', '.join(HIDDEN_DTYPES)}, or not set")
         for name in ("batch_invariant", "debug_kv"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         seconds = self.stall_timeout_s

@@ -1,8 +1,9 @@
 """What it costs to move hidden states to another process of this host: our frames, beside the limits they run into.
 
 Ways, each moving the same bytes to a receiver in another process that answers when it has them all, so a figure is a
-round trip: `frames` (what stages use: 1 MiB frames without protobuf), `message` (one protobuf-like gRPC message), `socket`
-(a plain TCP connection), and `copy` (a copy in memory, no transport at all).
+round trip: `frames` (what stages of two hosts use: 1 MiB frames without protobuf), `shared` (what stages of one host use:
+one copy into memory that both see, where the receiver computes from it), `message` (one protobuf-like gRPC message),
+`socket` (a plain TCP connection), and `copy` (a copy in memory, no transport at all).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import numpy as np
 from google.protobuf import wrappers_pb2
 
 from gateway.bench.measure import Figures
-from stages.server.frames import Assembler, StepFrame, encode
+from stages.server.frames import Assembler, StepFrame, encode, encode_shared
+from stages.server.ring import OFFER, PROOF, ReceiveRing, SendRing
 
 OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
-FRAMES, MESSAGE = "/stageline.bench/Frames", "/stageline.bench/Message"
+FRAMES, SHARED, MESSAGE = (f"/stageline.bench/{name}" for name in ("Frames", "Shared", "Message"))
 
 
 async def transport(payload_bytes: int, repeats: int) -> Figures:
@@ -37,7 +39,8 @@ async def transport(payload_bytes: int, repeats: int) -> Figures:
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}", options=OPTIONS) as channel:
             plain = socket.create_connection(("127.0.0.1", socket_port))
-            ways = _ways(channel, plain, np.random.default_rng(0).integers(0, 256, payload_bytes, np.uint8))
+            payload = np.random.default_rng(0).integers(0, 256, payload_bytes, np.uint8)
+            ways = {**_ways(channel, plain, payload), "shared": await _shared_way(channel, payload)}
             runs: dict[str, list[float]] = {name: [] for name in ways}
             for turn in range(repeats + 1):
                 for name, way in ways.items():
@@ -55,6 +58,7 @@ async def transport(payload_bytes: int, repeats: int) -> Figures:
         "gigabytes_per_s": {name: round(rate, 3) for name, rate in rates.items()},
         "frames_to_message": round(rates["frames"] / rates["message"], 2),
         "frames_to_socket": round(rates["frames"] / rates["socket"], 2),
+        "shared_to_copy": round(rates["shared"] / rates["copy"], 2),
         "runs": repeats,
     }
 
@@ -91,6 +95,25 @@ def _ways(channel: grpc.aio.Channel, plain: socket.socket, data: Any) -> dict[st
     return {"frames": frames, "message": one_message, "socket": tcp, "copy": copy}
 
 
+async def _shared_way(channel: grpc.aio.Channel, data: Any) -> Callable[[], Awaitable[None]]:
+    """Raises OSError where this system has no such memory."""
+    ring = SendRing(2 * len(data))
+    stream: Any = channel.stream_stream(SHARED, request_serializer=None, response_deserializer=None)
+    call = stream(metadata=((OFFER, ring.offer()),))
+    if not ring.settle(dict(await call.initial_metadata())[PROOF]):
+        raise OSError("the receiver does not see the memory that it was offered")
+    frame = StepFrame(1, 1, b"", payload=memoryview(data))
+
+    async def shared() -> None:
+        position = ring.reserve(len(data))
+        assert position is not None
+        await asyncio.to_thread(ring.fill, position, frame.payload)
+        await call.write(encode_shared(frame, position))
+        assert await call.read() == b"k"
+
+    return shared
+
+
 def _receiver(ready: Connection) -> None:
     asyncio.run(_receive(ready))
 
@@ -103,11 +126,23 @@ async def _receive(ready: Connection) -> None:
         assert complete is not None
         return b"k"
 
+    async def shared(requests: Any, context: Any) -> None:
+        ring = ReceiveRing(dict(context.invocation_metadata())[OFFER])
+        await context.send_initial_metadata(((PROOF, ring.proof),))
+        assembler = Assembler(ring=ring)
+        while (part := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            frame = assembler.feed(part)
+            assert frame is not None
+            assert frame.give_back is not None
+            frame.give_back()
+            await context.write(b"k")
+
     async def message(request: wrappers_pb2.BytesValue, context: Any) -> bytes:
         return b"k"
 
     handlers = {
         "Frames": grpc.stream_unary_rpc_method_handler(frames),
+        "Shared": grpc.stream_stream_rpc_method_handler(shared),
         "Message": grpc.unary_unary_rpc_method_handler(
             message, request_deserializer=wrappers_pb2.BytesValue.FromString, response_serializer=None
         ),

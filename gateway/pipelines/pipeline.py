@@ -126,8 +126,7 @@ class Pipeline:
         await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
     def _check(self, described: Sequence[pb.DescribeResponse]) -> None:
-        first = described[0]
-        expected = (first.dtype, first.block_size_tokens, first.batch_invariant, first.quantization)
+        expected = _agreed(described[0])
         for record, answer in zip(self.stages, described, strict=True):
             if (answer.incarnation, answer.fingerprint) != (record.incarnation, record.fingerprint):
                 raise UnavailableError(
@@ -139,10 +138,11 @@ class Pipeline:
                     "STAGE_STALLED", f"the stage at {record.address} has been in one kernel for {answer.busy_s:.0f} s",
                     address=record.address,
                 )  # fmt: skip
-            if (answer.dtype, answer.block_size_tokens, answer.batch_invariant, answer.quantization) != expected:
+            if _agreed(answer) != expected:
                 raise UnavailableError(
                     "STAGES_DIFFER", f"the stage at {record.address} does not fit the one at {self.stages[0].address}: "
-                    "dtype, block size, batch-invariance and quantization must be equal; start them from one configuration",
+                    "dtype, block size, batch-invariance, quantization and the hidden states' dtype must be equal; start them from one "
+                    "configuration",
                     address=record.address,
                 )  # fmt: skip
 
@@ -264,3 +264,8 @@ class Pipeline:
             error = UnavailableError("PIPELINE_BROKEN", f"{type(error).__name__}: {error}")
         self.cause = error
         self.broken.set()
+
+
+def _agreed(stage: pb.DescribeResponse) -> tuple[object, ...]:
+    """What must be the same on all stages of a pipeline."""
+    return stage.dtype, stage.block_size_tokens, stage.batch_invariant, stage.quantization, stage.hidden_dtype

@@ -65,6 +65,9 @@ class Epoch:
         self._over = True
         for waiting in [*self._waiting, *self._tasks]:
             waiting.cancel()
+        for queue in (self._inbox, self._outbox):
+            while not queue.empty():
+                queue.get_nowait()  # lets go of its memory, which may be shared
         if self._link is not None:
             await self._link.close()
 
@@ -115,8 +118,8 @@ class Epoch:
     async def _compute_loop(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            frame, received_ns = await self._inbox.get()
-            await self._outbox.put(await loop.run_in_executor(self._compute, self._execute, frame, received_ns))
+            work = loop.run_in_executor(self._compute, self._execute, *(await self._inbox.get()))
+            await self._outbox.put(await work)  # nothing here holds the step: its memory may be shared
 
     def _execute(self, frame: StepFrame, received_ns: int) -> StepFrame:
         """On the compute thread: the count is right even where the epoch ends while the kernel runs."""
@@ -124,6 +127,8 @@ class Epoch:
         try:
             return self._executor.execute(frame, received_ns)
         finally:
+            if frame.give_back is not None:
+                frame.give_back()
             self.running_step, self.running_since_s, self.executed_step = 0, None, frame.step_id
 
     async def _send_loop(self) -> None:

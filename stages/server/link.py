@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,10 @@ import grpc
 from stageline.errors import UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.server.access import OPEN, StageAccess
-from stages.server.frames import MAX_FRAME_BYTES, StepFrame, encode
+from stages.server.frames import MAX_FRAME_BYTES, StepFrame, encode, encode_shared
+from stages.server.ring import OFFER, PROOF, SendRing, offered
+
+_LOG = logging.getLogger(__name__)
 
 DATA_SERVICE = "stageline.stage.v1.StageDataService"
 FORWARD, RESULTS = f"/{DATA_SERVICE}/Forward", f"/{DATA_SERVICE}/Results"
@@ -31,6 +35,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+COPY_ON_THREAD_BYTES = 256 << 10  # a shorter copy costs the event loop less than handing it to a thread
+
+
 def epoch_metadata(epoch: int, incarnation: str) -> tuple[tuple[str, str], ...]:
     """Metadata of a data stream."""
     return (("stageline-epoch", str(epoch)), ("stageline-incarnation", incarnation))
@@ -46,28 +53,55 @@ class Link:
         incarnation: str,
         publish: Callable[[pb.WatchResponse], None],
         access: StageAccess = OPEN,
+        shared_memory_bytes: int = 0,
     ) -> None:
-        """`publish` gets LinkBroken once, when the stream ends without `close`."""
+        """`publish` gets LinkBroken once, when the stream ends without `close`. A ring of `shared_memory_bytes` is offered
+        to the stage; 0 offers none."""
         self.address = address
         self._metadata, self._publish = epoch_metadata(epoch, incarnation) + access.metadata(), publish
         self._channel = access.channel(address, OPTIONS)
         self._call: grpc.aio.StreamUnaryCall[bytes, bytes] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._shared_memory_bytes = shared_memory_bytes
+        self._ring: SendRing | None = None
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether payloads go through a ring while there is room in it."""
+        return self._ring is not None
 
     async def open(self, timeout_s: float = 10.0) -> None:
         """Raises UnavailableError where nobody answers in time."""
         try:
-            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._channel.channel_ready()
+                await self._begin()
         except TimeoutError:
-            await self._channel.close(None)
+            await self.close()
             raise UnavailableError(
                 "NEXT_STAGE_UNREACHABLE",
                 f"no stage answers at {self.address} within {timeout_s} s",
                 address=self.address,
             ) from None
-        method: Any = self._channel.stream_unary(FORWARD, request_serializer=None, response_deserializer=None)
-        self._call = method(metadata=self._metadata)
-        self._watcher = asyncio.create_task(self._watch(self._call))
+
+    async def _begin(self) -> None:
+        """Begin the stream, and where a ring is offered wait for what the stage says to it."""
+        ring = offered(self._shared_memory_bytes)
+        try:
+            offer = () if ring is None else ((OFFER, ring.offer()),)
+            method: Any = self._channel.stream_unary(FORWARD, request_serializer=None, response_deserializer=None)
+            self._call = method(metadata=(*self._metadata, *offer))
+            self._watcher = asyncio.create_task(self._watch(self._call))
+            if ring is None:
+                return
+            # Empty where the stage refuses the stream: the watcher says why.
+            proof = dict(await self._call.initial_metadata() or ()).get(PROOF, "")
+            if ring.settle(proof):
+                self._ring = ring
+            _LOG.info("hidden states to %s go %s", self.address, "through shared memory" if self._ring else "in frames")
+        finally:
+            if ring is not None and self._ring is None:
+                ring.close()
 
     async def _watch(self, call: grpc.aio.StreamUnaryCall[bytes, bytes]) -> None:
         code, details = await call.code(), await call.details()
@@ -78,13 +112,29 @@ class Link:
         """Write one step; waits for flow control. That the stream ended is published, not raised here."""
         assert self._call is not None
         try:
-            for message in encode(frame):
+            position = None
+            if self._ring is not None and len(frame.payload):
+                position = await self._share(self._ring, frame)
+            for message in encode(frame) if position is None else (encode_shared(frame, position),):
                 await self._call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
             pass  # the stream has ended; its watcher says why
 
+    async def _share(self, ring: SendRing, frame: StepFrame) -> int | None:
+        """Copy the payload into the ring; None where it has no room, so that nothing ever waits for room."""
+        position = ring.reserve(len(frame.payload))
+        if position is not None:
+            if len(frame.payload) < COPY_ON_THREAD_BYTES:
+                ring.fill(position, frame.payload)
+            else:
+                await asyncio.to_thread(ring.fill, position, frame.payload)
+        return position
+
     async def close(self) -> None:
         """End the stream quietly."""
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            ring.close()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._call is not None:

@@ -24,6 +24,7 @@ from stages.server.epoch import Epoch, EpochOverError
 from stages.server.link import OPTIONS, Link
 from stages.server.listen import take_port
 from stages.server.streams import DataStreams
+from stages.spec import DEFAULT_SHARED_MEMORY_BYTES
 
 LEASE_POLL_S = 0.2
 _SERVICES = ("", "stageline.stage.v1.StageService")
@@ -49,11 +50,19 @@ class StageServer(pb_grpc.StageServiceServicer):
     """Serves one StageExecutor. All methods run on the loop that called `start`."""
 
     def __init__(
-        self, executor: StageExecutor, *, fingerprint: str, kv_capacity_blocks: int, queue_depth_steps: int = 8
+        self,
+        executor: StageExecutor,
+        *,
+        fingerprint: str,
+        kv_capacity_blocks: int,
+        queue_depth_steps: int = 8,
+        shared_memory_bytes: int = DEFAULT_SHARED_MEMORY_BYTES,
     ) -> None:
+        """Of `shared_memory_bytes` is the ring to a next stage on this host; 0 neither offers nor takes one."""
         self.incarnation = uuid.uuid4().hex
         self._executor = executor
         self._fingerprint, self._capacity, self._depth = fingerprint, kv_capacity_blocks, queue_depth_steps
+        self._shared_memory_bytes = shared_memory_bytes
         self._claims = Claims(incarnation=self.incarnation)
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage-compute")
         self._epoch = self._wired = Epoch(0, executor, self._compute, queue_depth_steps)  # current; last one connected
@@ -78,6 +87,7 @@ class StageServer(pb_grpc.StageServiceServicer):
             lambda epoch: self._claims.stale(epoch),
             is_last=self._is_last,
             max_payload_bytes=self._executor.max_payload_bytes,
+            shares_memory=self._shared_memory_bytes > 0,
         )
         server.add_generic_rpc_handlers((streams.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -133,6 +143,7 @@ class StageServer(pb_grpc.StageServiceServicer):
             batch_invariant=runner.model.batch_invariant,
             busy_s=self.busy_s(),
             quantization=runner.quantization or "",
+            hidden_dtype=self._executor.hidden_states.element_type,
         )
 
     async def Claim(self, request: pb.ClaimRequest, context: Any) -> pb.ClaimResponse:
@@ -161,7 +172,14 @@ class StageServer(pb_grpc.StageServiceServicer):
             self._admit(request.epoch, self.incarnation)
             if request.HasField("next"):
                 following = request.next
-                link = Link(following.address, following.epoch, following.incarnation, epoch.publish, self._access)
+                link = Link(
+                    following.address,
+                    following.epoch,
+                    following.incarnation,
+                    epoch.publish,
+                    self._access,
+                    self._shared_memory_bytes,
+                )
                 await epoch.until_over(link.open())
             self._claims = self._claims.connect(epoch=request.epoch, now_s=time.monotonic())
         except (StagelineError, EpochOverError, asyncio.CancelledError) as error:

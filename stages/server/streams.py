@@ -12,6 +12,7 @@ from stages.server.abort import abort
 from stages.server.epoch import Epoch, EpochOverError
 from stages.server.frames import Assembler
 from stages.server.link import DATA_SERVICE
+from stages.server.ring import OFFER, PROOF, attached
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
@@ -22,10 +23,18 @@ Stale = Callable[[int], StagelineError]
 class DataStreams:
     """Handlers of StageDataService. `admit(epoch, incarnation)` gives the current epoch or raises why not."""
 
-    def __init__(self, admit: Admit, stale: Stale, *, is_last: bool, max_payload_bytes: Callable[[], int]) -> None:
-        """`max_payload_bytes` is asked when a stream begins."""
+    def __init__(
+        self,
+        admit: Admit,
+        stale: Stale,
+        *,
+        is_last: bool,
+        max_payload_bytes: Callable[[], int],
+        shares_memory: bool = True,
+    ) -> None:
+        """`max_payload_bytes` is asked when a stream begins. `shares_memory=False` takes no offer of a ring."""
         self._admit, self._stale, self._is_last = admit, stale, is_last
-        self._max_payload_bytes = max_payload_bytes
+        self._max_payload_bytes, self._shares_memory = max_payload_bytes, shares_memory
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """For `add_generic_rpc_handlers`; messages are raw frames."""
@@ -39,18 +48,26 @@ class DataStreams:
 
     async def _forward(self, requests: AsyncIterator[bytes], context: Any) -> bytes:
         epoch = await self._enter(context)
-        assembler = Assembler(self._max_payload_bytes())
+        offer = dict(context.invocation_metadata()).get(OFFER)
+        ring = attached(str(offer)) if offer is not None and self._shares_memory else None
         try:
+            if offer is not None:
+                await context.send_initial_metadata(((PROOF, ring.proof if ring is not None else ""),))
+            assembler = Assembler(self._max_payload_bytes(), ring)
             while (message := await epoch.until_over(context.read())) is not _EOF:
                 if (frame := assembler.feed(message)) is None:
                     continue
                 if frame.epoch != epoch.number:
                     raise self._stale(frame.epoch)
                 await epoch.put(frame)
+                del frame  # its memory may be shared: it is held until the step is computed, and not for longer
         except EpochOverError:
             await abort(context, self._stale(epoch.number))
         except StagelineError as error:
             await abort(context, error)
+        finally:
+            if ring is not None:
+                ring.close()
         return b""
 
     async def _results(self, request: bytes, context: Any) -> AsyncIterator[bytes]:

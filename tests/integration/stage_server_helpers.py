@@ -22,6 +22,7 @@ from stages.partition import LayerRange
 from stages.server.frames import StepFrame, encode
 from stages.server.link import FORWARD, OPTIONS, RESULTS, epoch_metadata
 from stages.server.server import StageServer
+from stages.spec import DEFAULT_SHARED_MEMORY_BYTES
 
 FIRST, MIDDLE, LAST, WHOLE = (0, 1), (1, 2), (2, NUM_LAYERS), (0, NUM_LAYERS)
 TIMEOUT_S = 10.0
@@ -194,11 +195,15 @@ async def running(
     *,
     depth: int = 8,
     capacity: int = 64,
+    shared_memory_bytes: int = DEFAULT_SHARED_MEMORY_BYTES,
     **options: Any,
 ) -> AsyncIterator[Client]:
     """A stage that serves `layers` with a runner of `kind`."""
     runner = kind(LayerRange(*layers), **options)
-    server = StageServer(StageExecutor(runner), fingerprint="toy", kv_capacity_blocks=capacity, queue_depth_steps=depth)
+    server = StageServer(
+        StageExecutor(runner), fingerprint="toy", kv_capacity_blocks=capacity, queue_depth_steps=depth,
+        shared_memory_bytes=shared_memory_bytes,
+    )  # fmt: skip
     client = Client(server, runner, await server.start("127.0.0.1", 0))
     try:
         yield client

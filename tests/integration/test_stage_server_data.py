@@ -25,15 +25,18 @@ from stage_server_helpers import (
 
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.server.frames import StepFrame, encode
+from stages.spec import DEFAULT_SHARED_MEMORY_BYTES
 
 NUM_BLOCKS = 512
 
 
-async def test_32_mib_of_hidden_states_cross_two_hops_intact() -> None:
+@pytest.mark.parametrize("shared_memory_bytes", [0, DEFAULT_SHARED_MEMORY_BYTES])
+async def test_32_mib_of_hidden_states_cross_two_hops_intact(shared_memory_bytes: int) -> None:
+    options = {"capacity": NUM_BLOCKS, "shared_memory_bytes": shared_memory_bytes}
     async with (
-        running(FIRST, WideRunner, capacity=NUM_BLOCKS) as first,
-        running(MIDDLE, WideRunner, capacity=NUM_BLOCKS) as middle,
-        running(LAST, WideRunner, capacity=NUM_BLOCKS) as last,
+        running(FIRST, WideRunner, **options) as first,
+        running(MIDDLE, WideRunner, **options) as middle,
+        running(LAST, WideRunner, **options) as last,
     ):
         epoch = await wire(first, middle, last, num_blocks=NUM_BLOCKS)
         forward, results = first.forward(epoch), last.results(epoch)
@@ -70,10 +73,12 @@ async def test_200_steps_come_back_in_order_past_a_slow_last_stage() -> None:
         assert first.runner.executed == middle.runner.executed == last.runner.executed == list(range(1, 201))
 
 
-async def test_a_stage_that_stands_still_holds_the_sender_back() -> None:
+@pytest.mark.parametrize("shared_memory_bytes", [0, 16 << 20])
+async def test_a_stage_that_stands_still_holds_the_sender_back(shared_memory_bytes: int) -> None:
     """1 MiB a step into a stage whose neighbour does not finish one: memory holds queues and windows, not all steps."""
     total, sent = 200, 0
-    async with running(MIDDLE, WideRunner, depth=4) as middle, running(LAST, WideRunner, depth=4) as last:
+    options = {"depth": 4, "shared_memory_bytes": shared_memory_bytes}
+    async with running(MIDDLE, WideRunner, **options) as middle, running(LAST, WideRunner, **options) as last:
         epoch = await wire(middle, last)
         last.runner.gate.clear()
         forward, results = middle.forward(epoch), last.results(epoch)
@@ -89,7 +94,7 @@ async def test_a_stage_that_stands_still_holds_the_sender_back() -> None:
         while before != sent:
             before = sent
             await asyncio.sleep(0.5)
-        # 4 in and 4 out of the middle, 4 into the last, one in each hand; then two flow control windows of 8 MiB or more.
+        # 4 in and 4 out of the middle, 4 into the last, one in each hand; then the ring and two flow control windows of 8 MiB or more.
         assert 12 <= sent <= 80
         assert not forward.done()
         assert len(middle.runner.executed) <= sent

@@ -361,6 +361,7 @@ class Neighbour:
     async def _forward(self, requests: Any, context: Any) -> bytes:
         name = dict(context.invocation_metadata())["stageline-incarnation"]
         self.opened.append(name)
+        await context.send_initial_metadata(())  # shares no memory
         try:
             async for message in requests:
                 self.messages.append((name, message))

@@ -50,7 +50,7 @@ def test_percentiles() -> None:
 
 async def test_transport_moves_the_bytes() -> None:
     figures = await transport(3 << 20, 1)
-    assert set(figures["gigabytes_per_s"]) == {"frames", "message", "socket", "copy"}
+    assert set(figures["gigabytes_per_s"]) == {"frames", "shared", "message", "socket", "copy"}
     assert all(rate > 0 for rate in figures["gigabytes_per_s"].values())
 
 

@@ -13,9 +13,13 @@ protobuf costs more than sending it:
 Both carry the metadata keys `stageline-epoch` and `stageline-incarnation`; a stream that names another epoch or
 incarnation than the stage's current one ends with FAILED_PRECONDITION and reason STALE_EPOCH.
 
+A Forward stream may offer a ring in memory of this host in the metadata `stageline-ring`; the stage then answers in its
+initial metadata, before it reads, with `stageline-ring-proof`, empty where it does not share that memory (layout in
+stages/server/ring.py).
+
 A Forward stream carries, for every step, one STEP frame (a serialized Step, forwarded byte for byte by every stage)
-followed by the DATA frames of its hidden states (none towards stage 0). A Results stream carries serialized
-StepResult messages.
+followed by the DATA frames of its hidden states (none towards stage 0), or a SHARED frame that says where in the ring
+they lie. A Results stream carries serialized StepResult messages.
 """
 
 from collections import abc as _abc
@@ -48,6 +52,12 @@ class _ElementTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ElementTy
     """bfloat16, little endian."""
     ELEMENT_TYPE_FLOAT16: _ElementType.ValueType  # 3
     """IEEE 754 binary16, little endian."""
+    ELEMENT_TYPE_FLOAT8_E4M3: _ElementType.ValueType  # 4
+    """8-bit floating point with 4 bits of exponent and 3 of mantissa, no infinities; before them a binary32 scale for each
+    token.
+    """
+    ELEMENT_TYPE_INT8: _ElementType.ValueType  # 5
+    """8-bit integers, symmetric; before them a binary32 scale for each token."""
 
 class ElementType(_ElementType, metaclass=_ElementTypeEnumTypeWrapper):
     """ElementType is the element type of a tensor on the wire."""
@@ -60,6 +70,12 @@ ELEMENT_TYPE_BFLOAT16: ElementType.ValueType  # 2
 """bfloat16, little endian."""
 ELEMENT_TYPE_FLOAT16: ElementType.ValueType  # 3
 """IEEE 754 binary16, little endian."""
+ELEMENT_TYPE_FLOAT8_E4M3: ElementType.ValueType  # 4
+"""8-bit floating point with 4 bits of exponent and 3 of mantissa, no infinities; before them a binary32 scale for each
+token.
+"""
+ELEMENT_TYPE_INT8: ElementType.ValueType  # 5
+"""8-bit integers, symmetric; before them a binary32 scale for each token."""
 Global___ElementType: _TypeAlias = ElementType  # noqa: Y015
 
 class _StageState:
@@ -136,6 +152,7 @@ class DescribeResponse(_message.Message):
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     BUSY_S_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    HIDDEN_DTYPE_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     """Identifies this process of the replica: a restart has another incarnation."""
     fingerprint: _builtins.str
@@ -151,7 +168,7 @@ class DescribeResponse(_message.Message):
     vocab_size: _builtins.int
     """Tokens of the vocabulary, the length of a row of logits."""
     dtype: Global___ElementType.ValueType
-    """Element type of hidden states on the wire."""
+    """Element type of weights and of what is computed between products."""
     block_size_tokens: _builtins.int
     """Tokens of one KV block."""
     kv_capacity_blocks: _builtins.int
@@ -174,6 +191,8 @@ class DescribeResponse(_message.Message):
     """Seconds the running kernel has been running, also where its epoch is over; 0 while idle. A claim waits for it."""
     quantization: _builtins.str
     """"int8" or "int4" where the weights were quantized while they loaded; empty where not."""
+    hidden_dtype: Global___ElementType.ValueType
+    """Element type of hidden states on the wire."""
     def __init__(
         self,
         *,
@@ -196,10 +215,11 @@ class DescribeResponse(_message.Message):
         batch_invariant: _builtins.bool = ...,
         busy_s: _builtins.float = ...,
         quantization: _builtins.str = ...,
+        hidden_dtype: Global___ElementType.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "busy_s", b"busy_s", "dtype", b"dtype", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "incarnation", b"incarnation", "kv_capacity_blocks", b"kv_capacity_blocks", "num_layers", b"num_layers", "owner_id", b"owner_id", "pid", b"pid", "quantization", b"quantization", "queue_depth_steps", b"queue_depth_steps", "start_layer", b"start_layer", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "busy_s", b"busy_s", "dtype", b"dtype", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "hidden_dtype", b"hidden_dtype", "hidden_size", b"hidden_size", "incarnation", b"incarnation", "kv_capacity_blocks", b"kv_capacity_blocks", "num_layers", b"num_layers", "owner_id", b"owner_id", "pid", b"pid", "quantization", b"quantization", "queue_depth_steps", b"queue_depth_steps", "start_layer", b"start_layer", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

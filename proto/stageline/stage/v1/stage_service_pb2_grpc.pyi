@@ -13,9 +13,13 @@ protobuf costs more than sending it:
 Both carry the metadata keys `stageline-epoch` and `stageline-incarnation`; a stream that names another epoch or
 incarnation than the stage's current one ends with FAILED_PRECONDITION and reason STALE_EPOCH.
 
+A Forward stream may offer a ring in memory of this host in the metadata `stageline-ring`; the stage then answers in its
+initial metadata, before it reads, with `stageline-ring-proof`, empty where it does not share that memory (layout in
+stages/server/ring.py).
+
 A Forward stream carries, for every step, one STEP frame (a serialized Step, forwarded byte for byte by every stage)
-followed by the DATA frames of its hidden states (none towards stage 0). A Results stream carries serialized
-StepResult messages.
+followed by the DATA frames of its hidden states (none towards stage 0), or a SHARED frame that says where in the ring
+they lie. A Results stream carries serialized StepResult messages.
 """
 
 from collections import abc as _abc
