@@ -11,9 +11,19 @@ from gateway.engine.choice import ChoiceState, Deltas
 from gateway.engine.keeper import Keeper
 from gateway.engine.lane import Lane, deadline_exceeded
 from gateway.engine.settings import EngineSettings
+from gateway.engine.track import Scores, Track, num_tracks
 from gateway.pipelines.discovery import Registry
+from gateway.scheduler import Sequence as ScheduledSequence
 from gateway.tokenizer import Tokenizer
-from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
+from gateway.types import (
+    ChoiceDelta,
+    ContinuationScore,
+    GenerateRequest,
+    ModelInfo,
+    PipelineStatus,
+    ReplicaStatus,
+    ScoreRequest,
+)
 from stageline.errors import ResourceExhaustedError, StagelineError, UnavailableError
 from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
 
@@ -77,12 +87,10 @@ class Engine:
         """
         deltas: Deltas = asyncio.Queue()
         choices = [self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)]
-        lane = await self._place(request, choices[0])
+        num_tokens = request.num_choices * len(request.prompt_token_ids)
+        lane = await self._place(choices[0].sequence, num_tokens, request.deadline_s)
         num_open = len(choices)
-        loop = asyncio.get_running_loop()
-        timer = None
-        if request.deadline_s is not None:
-            timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, deadline_exceeded())
+        timer = self._timer(choices, request.deadline_s)
         try:
             for choice in choices:
                 if not choice.ended:  # a resumed generation may have ended already
@@ -99,12 +107,53 @@ class Engine:
                 timer.cancel()
             self._end(choices, None)
 
+    async def score(self, request: ScoreRequest) -> AsyncGenerator[ContinuationScore, None]:
+        """Scores of all continuations, as each is done. Closing the iterator cancels the request.
+
+        Raises what `generate` raises.
+        """
+        scores: Scores = asyncio.Queue()
+        longest_first = sorted(range(len(request.continuations)), key=lambda at: -len(request.continuations[at]))
+        lengths = [len(request.continuations[at]) for at in longest_first]
+        whole = Track(request, longest_first, next(self._sequence_ids), scores)
+        lane = await self._place(whole.sequence, len(request.context_token_ids) + sum(lengths), request.deadline_s)
+        assert lane.scheduler is not None
+        number = num_tracks(
+            num_context=len(request.context_token_ids),
+            lengths=lengths,
+            block_size_tokens=lane.scheduler.block_size_tokens,
+            shares_prefix=request.use_prefix_cache and lane.scheduler.limits.prefix_caching,
+            most_tokens=self._settings.max_waiting_tokens // 4,
+        )
+        tracks = [Track(request, longest_first[i::number], next(self._sequence_ids), scores) for i in range(number)]
+        timer = self._timer(tracks, request.deadline_s)
+        try:
+            for track in tracks:
+                lane.add(track)
+            lane.pump()
+            for _ in lengths:
+                score = await scores.get()
+                if isinstance(score, StagelineError):
+                    raise score
+                yield score
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._end(tracks, None)
+
+    def _timer(self, choices: Sequence[ChoiceState | Track], deadline_s: float | None) -> asyncio.TimerHandle | None:
+        """Ends the request when its time has come."""
+        if deadline_s is None:
+            return None
+        loop = asyncio.get_running_loop()
+        return loop.call_later(_remaining(deadline_s), self._end, choices, deadline_exceeded())
+
     def _make_choice(self, request: GenerateRequest, index: int, deltas: Deltas) -> ChoiceState:
         return ChoiceState(
             request, index, next(self._sequence_ids), self._tokenizer, self.model.max_context_tokens, deltas
         )
 
-    def _end(self, choices: Sequence[ChoiceState], error: StagelineError | None) -> None:
+    def _end(self, choices: Sequence[ChoiceState | Track], error: StagelineError | None) -> None:
         """Drop what is left of a request; a choice may have moved to another lane since it was added."""
         for choice in choices:
             if error is not None:
@@ -112,11 +161,10 @@ class Engine:
             for lane in self._keeper.lanes:
                 lane.cancel(choice)
 
-    async def _place(self, request: GenerateRequest, choice: ChoiceState) -> Lane:
-        """The ready lane on which it has the least to wait for, cached prefix counted, else one that recovers; waits,
-        within the deadline, while there is none."""
+    async def _place(self, sequence: ScheduledSequence, num_tokens: int, deadline_s: float | None) -> Lane:
+        """The ready lane on which a request of so many tokens, of which this is the first sequence, has the least to wait
+        for, cached prefix counted, else one that recovers; waits, within the deadline, while there is none."""
         limits = self._settings
-        num_tokens = request.num_choices * len(request.prompt_token_ids)
         full = self._num_unplaced and self._unplaced_tokens + num_tokens > limits.max_waiting_tokens
         if full or self._num_unplaced >= limits.max_waiting_sequences:
             raise ResourceExhaustedError(
@@ -133,18 +181,16 @@ class Engine:
             while True:
                 if self._stopping:
                     raise _stopping()
-                if request.deadline_s is not None and request.deadline_s <= time.monotonic():
+                if deadline_s is not None and deadline_s <= time.monotonic():
                     raise deadline_exceeded()
                 usable = [lane for lane in self._keeper.lanes if lane.state in ("ready", "recovering")]
                 if usable:
                     if len(usable) == 1:
                         return usable[0]
-                    return min(usable, key=lambda lane: (lane.state != "ready", lane.cost_tokens(choice.sequence)))
+                    return min(usable, key=lambda lane: (lane.state != "ready", lane.cost_tokens(sequence)))
                 changed = self._keeper.changed.wait()
                 try:
-                    await asyncio.wait_for(
-                        changed, None if request.deadline_s is None else _remaining(request.deadline_s)
-                    )
+                    await asyncio.wait_for(changed, None if deadline_s is None else _remaining(deadline_s))
                 except TimeoutError:
                     raise deadline_exceeded() from None
         finally:
