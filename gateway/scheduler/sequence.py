@@ -101,11 +101,13 @@ class Sequence:
 
     def targets(self, start: int, end: int) -> tuple[int, tuple[int, ...]]:
         """Of the tokens at [start, end), how many stand before the first whose next token is scored, and those next tokens."""
-        if self.score_from is None:
+        if self.score_from is None or end < self.score_from:
             return 0, ()
         first = max(start, self.score_from - 1)
-        known = self.prompt_token_ids if self.forced_token_id is None else (*self.prompt_token_ids, self.forced_token_id)
-        return first - start, known[first + 1 : end + 1]
+        targets = self.prompt_token_ids[first + 1 : end + 1]
+        if self.forced_token_id is not None and end == len(self.prompt_token_ids):
+            targets += (self.forced_token_id,)
+        return (first - start, targets) if targets else (0, ())
 
     @property
     def num_shareable_tokens(self) -> int:
