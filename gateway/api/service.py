@@ -14,11 +14,20 @@ from gateway.api.checks import check_token_ids
 from gateway.api.collect import Answer, collect
 from gateway.api.post import PostProcessor
 from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt
+from gateway.api.scoring import RawScore, Scored, check_counts, validate_score
 from gateway.api.tool_choice import with_tool_choice
 from gateway.api.validate import check_served, end_token_ids, validate
 from gateway.grammar import GrammarCompiler
 from gateway.tokenizer import ChatTemplate, Detokenizer, StopMatcher, Tokenizer
-from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
+from gateway.types import (
+    ChoiceDelta,
+    ContinuationScore,
+    GenerateRequest,
+    ModelInfo,
+    PipelineStatus,
+    ReplicaStatus,
+    ScoreRequest,
+)
 from stageline.errors import FailedPreconditionError
 from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
 
@@ -33,6 +42,10 @@ class EngineLike(Protocol):
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[ChoiceDelta]:
         """An async generator of deltas; closing it cancels the request."""
+        ...
+
+    def score(self, request: ScoreRequest) -> AsyncIterator[ContinuationScore]:
+        """An async generator of scores, as each is done; closing it cancels the request."""
         ...
 
     def ready(self) -> bool:
@@ -98,7 +111,13 @@ class Frontend:
             created_s=int(time.time()),
             num_returned=(raw.num_choices or 1) if ranked else request.num_choices,
             show_logprobs=show_logprobs,
-            echo=(text or self.tokenizer.decode(token_ids, skip_special_tokens=False)) if raw.echo else "",
+            # Beside offsets of tokens, the prompt is echoed as the model sees it, which normalization may have changed.
+            echo=(
+                (text if raw.num_prompt_logprobs is None else "")
+                or self.tokenizer.decode(token_ids, skip_special_tokens=False)
+            )
+            if raw.echo
+            else "",
             parse_tools=parse_tools,
         )
 
@@ -127,8 +146,12 @@ class Frontend:
         """Deltas as they come. Close it (aclosing) to cancel the request."""
         # The engine returns an async generator; the protocol of two parts says only what both need.
         deltas = cast("AsyncGenerator[ChoiceDelta]", self.engine.generate(accepted.request))
-        post = PostProcessor(echo=accepted.echo, parse_tools=accepted.parse_tools)
         request = accepted.request
+        post = PostProcessor(
+            echo=accepted.echo,
+            parse_tools=accepted.parse_tools,
+            scored_by=None if request.num_prompt_logprobs is None else request.first_choice,
+        )
         if request.resume_token_ids:
             post.resume(request.first_choice, self._text_so_far(request))
         started_s, num_tokens, outcome = time.monotonic(), 0, "cancelled"
@@ -136,7 +159,8 @@ class Frontend:
             async with aclosing(deltas):
                 async for delta in deltas:
                     num_tokens += len(delta.token_ids)
-                    yield post.apply(delta)
+                    for one in post.apply(delta):
+                        yield one
             outcome = "done"
         except Exception as error:
             outcome = getattr(error, "reason", type(error).__name__)
@@ -151,6 +175,39 @@ class Frontend:
         """The whole answer."""
         async with aclosing(self.stream(accepted)) as deltas:
             return await collect(deltas, accepted.num_returned, show_logprobs=accepted.show_logprobs)
+
+    async def score(self, raw: RawScore) -> Scored:
+        """Scores of all continuations; cancelling it cancels the request.
+
+        Raises what `check_served`, `check_counts`, `encode`, `validate_score` and the engine raise.
+        """
+        check_served(raw.generation(), self.model)
+        check_counts(raw)
+        assert raw.context is not None
+        context, _ = await self.encode(raw.context)
+        continuations = [(await self.encode(one))[0] for one in raw.continuations if one is not None]
+        request = validate_score(raw, context, tuple(continuations), self.model)
+        scores = cast("AsyncGenerator[ContinuationScore]", self.engine.score(request))
+        started_s, outcome = time.monotonic(), "cancelled"
+        found: dict[int, ContinuationScore] = {}
+        try:
+            async with aclosing(scores):
+                async for score in scores:
+                    found[score.index] = score
+            outcome = "done"
+        except Exception as error:
+            outcome = getattr(error, "reason", type(error).__name__)
+            raise
+        finally:
+            logger.info(
+                "request %s: %s, %d context tokens, %d of %d continuations scored in %.3f s", request.request_id, outcome,
+                len(context), len(found), len(continuations), time.monotonic() - started_s,
+            )  # fmt: skip
+        return Scored(
+            request=request,
+            scores=[found[place] for place in range(len(continuations))],
+            num_cached_tokens=min(score.cached_context_tokens for score in found.values()),
+        )
 
     def _text_so_far(self, request: GenerateRequest) -> str:
         """What the client has of a resumed choice: what its tokens released, without what a stop string held back."""
