@@ -13,7 +13,7 @@ from typing import Protocol, cast
 from gateway.api.checks import check_token_ids
 from gateway.api.collect import Answer, collect
 from gateway.api.post import PostProcessor
-from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt
+from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt, TokenPrompt
 from gateway.api.scoring import RawScore, Scored, check_counts, validate_score
 from gateway.api.tool_choice import with_tool_choice
 from gateway.api.validate import check_served, end_token_ids, validate
@@ -185,8 +185,8 @@ class Frontend:
         check_counts(raw)
         assert raw.context is not None
         context, _ = await self.encode(raw.context)
-        continuations = [(await self.encode(one))[0] for one in raw.continuations if one is not None]
-        request = validate_score(raw, context, tuple(continuations), self.model)
+        continuations = await self._encode_all([one for one in raw.continuations if one is not None])
+        request = validate_score(raw, context, continuations, self.model)
         scores = cast("AsyncGenerator[ContinuationScore]", self.engine.score(request))
         started_s, outcome = time.monotonic(), "cancelled"
         found: dict[int, ContinuationScore] = {}
@@ -208,6 +208,18 @@ class Frontend:
             scores=[found[place] for place in range(len(continuations))],
             num_cached_tokens=min(score.cached_context_tokens for score in found.values()),
         )
+
+    async def _encode_all(self, prompts: Sequence[TextPrompt | TokenPrompt]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of many texts, each by itself."""
+
+        def encode() -> tuple[tuple[int, ...], ...]:
+            return tuple(
+                self.tokenizer.encode(one.text) if isinstance(one, TextPrompt) else tuple(one.token_ids)
+                for one in prompts
+            )
+
+        num_chars = sum(len(one.text) for one in prompts if isinstance(one, TextPrompt))
+        return await asyncio.to_thread(encode) if num_chars > LONG_TEXT_CHARS else encode()
 
     def _text_so_far(self, request: GenerateRequest) -> str:
         """What the client has of a resumed choice: what its tokens released, without what a stop string held back."""

@@ -16,7 +16,9 @@ from gateway.pipelines.discovery import Registry, ReplicaRecord
 from gateway.tokenizer import load_tokenizer
 from gateway.types import GenerateRequest, ModelInfo, SamplingParams, ScoreRequest
 from stages.checkpoint import open_checkpoint
+from stages.logits import Scorer
 from stages.replica import StageReplica, StageSpec
+from stages.runner import SCORED_AT_ONCE
 
 VOCAB_SIZE = 384
 
@@ -78,8 +80,10 @@ def check(entries, tokens, logprobs_SV) -> None:
 
 
 @pytest.mark.parametrize(("cuts", "max_step_tokens"), [((0, 4), 512), ((0, 1, 3, 4), 33)])
-async def test_the_tiny_model(tmp_path, cuts, max_step_tokens):
+async def test_the_tiny_model(tmp_path, monkeypatch, cuts, max_step_tokens):
     model = tiny_model()
+    heights, add = [], Scorer.add
+    monkeypatch.setattr(Scorer, "add", lambda self, at, x_SV: (heights.append(len(x_SV)), add(self, at, x_SV))[1])
     rng = random.Random(0)
     prompts = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(length)) for length in (2, 31, 200)]
     context = tuple(rng.randrange(VOCAB_SIZE) for _ in range(45))
@@ -98,6 +102,9 @@ async def test_the_tiny_model(tmp_path, cuts, max_step_tokens):
             return {one.index: one.logprobs async for one in engine.score(what)}
 
         scores, *answers = await asyncio.gather(score(), *map(generate, prompts))
+    # However long the prompt, the logits of so many tokens are there together.
+    assert max(heights) <= SCORED_AT_ONCE
+    assert max_step_tokens < SCORED_AT_ONCE or SCORED_AT_ONCE in heights
     for prompt, answer in zip(prompts, answers, strict=True):
         logprobs_SV = reference(model, prompt)
         check(answer[0].prompt_logprobs, prompt, logprobs_SV)
