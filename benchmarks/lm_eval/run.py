@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--lm-eval", default="lm_eval", help="the command, of its own environment")
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--server", nargs=2, metavar=("URL", "GRPC_ADDRESS"), help="one that serves the model in float32")
     parser.add_argument("--concurrent", type=int, default=8)
     parser.add_argument("--out", help="where samples and data are kept; default: a folder that is removed")
     args = parser.parse_args()
@@ -53,7 +55,8 @@ def main() -> int:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Both runs, one after the other."""
     seconds: dict[str, float] = {}
-    with serving_doors(args.model, args.stages, "--dtype", "float32") as (url, address):
+    own = serving_doors(args.model, args.stages, "--dtype", "float32")
+    with own if args.server is None else nullcontext(args.server) as (url, address):
         with Client(address) as client:
             model = client.get_model()
         prefix = model.eos_token_ids[0]
