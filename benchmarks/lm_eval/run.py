@@ -37,7 +37,9 @@ def main() -> int:
     parser.add_argument("--lm-eval", default="lm_eval", help="the command, of its own environment")
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--server", nargs=2, metavar=("URL", "GRPC_ADDRESS"), help="one that serves the model in float32")
+    parser.add_argument(
+        "--server", nargs=2, metavar=("URL", "GRPC_ADDRESS"), help="one that serves the model in float32"
+    )
     parser.add_argument("--concurrent", type=int, default=8)
     parser.add_argument("--out", help="where samples and data are kept; default: a folder that is removed")
     args = parser.parse_args()
