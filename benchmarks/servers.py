@@ -12,6 +12,13 @@ from contextlib import contextmanager
 @contextmanager
 def serving(model: str, stages: int, *flags: str) -> Iterator[str]:
     """`stageline serve` on free ports; gives its gRPC address."""
+    with serving_doors(model, stages, *flags) as (_, grpc_address):
+        yield grpc_address
+
+
+@contextmanager
+def serving_doors(model: str, stages: int, *flags: str) -> Iterator[tuple[str, str]]:
+    """`stageline serve` on free ports; gives the URL of its HTTP door and its gRPC address."""
     command = [sys.executable, "-m", "gateway.cli", "serve", "--model", model, "--stages", str(stages),
                "--grpc-port", "0", "--http-port", "0", *flags]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -20,7 +27,7 @@ def serving(model: str, stages: int, *flags: str) -> Iterator[str]:
         ready = process.stdout.readline().split()
         if len(ready) != 3:
             raise SystemExit(process.wait() or 1)
-        yield ready[2].removeprefix("grpc://")
+        yield ready[1], ready[2].removeprefix("grpc://")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)

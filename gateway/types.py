@@ -79,6 +79,26 @@ class GenerateRequest:
     use_prefix_cache: bool = True
     cache_salt: str = ""
     grammar: CompiledGrammar | None = None
+    num_prompt_logprobs: int | None = None
+    """Score the prompt, with this many alternatives a token; `sampling.max_tokens` may then be 0. None: don't."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """Score every continuation of one context, each by itself: none sees another. None of them is empty.
+
+    `num_logprobs` alternatives come with each token. The other fields are as in GenerateRequest.
+    """
+
+    request_id: str
+    context_token_ids: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+    num_logprobs: int = 0
+    priority: int = 0
+    deadline_s: float | None = None
+    tenant: str = ""
+    use_prefix_cache: bool = True
+    cache_salt: str = ""
 
 
 class FinishReason(enum.Enum):
@@ -91,14 +111,16 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities of one generated token, by the model's own distribution.
+    """Natural-log probabilities of one token, by the model's own distribution.
 
-    `top` holds (token id, log-probability), descending, `num_logprobs` of them.
+    `top` holds (token id, log-probability), descending, `num_logprobs` of them. `rank`: 1 + the number of tokens that are
+    more probable; 0 for generated tokens, whose rank is not computed.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +142,8 @@ class ChoiceDelta:
 
     `text` may lag behind `token_ids`: half characters and possible beginnings of stop strings are held back.
     `cached_prompt_tokens`: tokens of the prompt that came from the prefix cache; the same in every delta of a choice.
+    `prompt_logprobs`: where asked, in the first delta of the first choice: one entry for each token of the prompt but the
+    first, which nothing comes before.
     """
 
     index: int
@@ -130,6 +154,16 @@ class ChoiceDelta:
     matched_stop: str = ""
     cached_prompt_tokens: int = 0
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContinuationScore:
+    """Log-probabilities of every token of one continuation; `index` is its place in the ScoreRequest."""
+
+    index: int
+    logprobs: tuple[TokenLogprobs, ...]
+    cached_context_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,8 @@ class StepBatch:
     fresh_blocks: NDArray[np.int64]  # blocks whose first slot is written by this step
     num_decode_rows: int
     output_rows: tuple[int, ...]  # rows whose last token needs logits
+    scored_tokens: NDArray[np.int64]  # [S], places among the T tokens, ascending: their next tokens are scored
+    target_ids: NDArray[np.int64]  # [S], those next tokens
 
     @property
     def attention_arrays(self) -> tuple[NDArray[Any], ...]:
@@ -75,6 +77,7 @@ class StepBatch:
             tables[row_of_token, positions // block_size_tokens].astype(np.int64) * block_size_tokens
             + positions % block_size_tokens
         )
+        scored_tokens, target_ids = _scored(step, starts, vocab_size)
         return cls(
             step_id=step.step_id,
             token_ids=token_ids,
@@ -88,7 +91,26 @@ class StepBatch:
             fresh_blocks=slots[slots % block_size_tokens == 0] // block_size_tokens,
             num_decode_rows=decode,
             output_rows=tuple(i for i, row in enumerate(step.rows) if row.HasField("sampling")),
+            scored_tokens=scored_tokens,
+            target_ids=target_ids,
         )
+
+
+def _scored(step: pb.Step, starts: NDArray[np.int32], vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The places that rows with `scoring` name, and their targets, [S] each."""
+    places, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for index, row in enumerate(step.rows):
+        if not row.HasField("scoring"):
+            continue
+        first, count = row.scoring.first_token, len(row.scoring.target_ids) // 4
+        if not 1 <= count <= row.num_tokens - first:
+            raise _bad(f"row {index} has {count} targets after {first} of its {row.num_tokens} tokens")
+        places.append(int(starts[index]) + np.arange(first, first + count))
+        targets.append(_int32(row.scoring.target_ids, count, f"target_ids of row {index}").astype(np.int64))
+    scored_tokens, target_ids = np.concatenate(places), np.concatenate(targets)
+    if len(target_ids) and (target_ids.min() < 0 or target_ids.max() >= vocab_size):
+        raise _bad(f"target ids must be in [0, {vocab_size})")
+    return scored_tokens, target_ids
 
 
 def _int32(data: bytes, count: int, name: str) -> NDArray[np.int32]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from google.protobuf.message import DecodeError
 
-from stageline.errors import InvalidArgumentError, ResourceExhaustedError, StagelineError, UnimplementedError
+from stageline.errors import InvalidArgumentError, ResourceExhaustedError, StagelineError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.batch import StepBatch
 from stages.hidden_states import ELEMENT_TYPES, HiddenStateCodec
-from stages.logits import LogitsProcessor, check_sampling
+from stages.logits import LogitsProcessor, Scorer, check_sampling, check_scoring
 from stages.runner import StageRunner
 from stages.server.frames import MAX_PAYLOAD_BYTES, StepFrame
 
@@ -104,19 +104,23 @@ class StageExecutor:
 
     def _run(self, frame: StepFrame, step: pb.Step) -> torch.Tensor | list[pb.RowResult]:
         runner = self.runner
-        if any(row.HasField("scoring") for row in step.rows):
-            raise UnimplementedError("SCORING_NOT_SERVED", "log-probabilities of the prompt are not served yet")
         batch = StepBatch.from_step(
             step,
             vocab_size=runner.config.vocab_size,
             num_blocks=runner.num_blocks,
             block_size_tokens=runner.block_size_tokens,
         )
+        scorer = None
         if self._logits is not None:
             for index in batch.output_rows:
                 check_sampling(step.rows[index].sampling, runner.config.vocab_size)
+            scored = [row.scoring for row in step.rows if row.HasField("scoring")]
+            for scoring in scored:
+                check_scoring(scoring)
+            if scored:
+                scorer = Scorer(batch.target_ids, max(scoring.num_logprobs for scoring in scored), runner.device)
         hidden_TD = None if runner.model.is_first else self._hidden(frame, len(batch.token_ids))
-        out = runner.execute(batch, hidden_TD)
+        out = runner.execute(batch, hidden_TD, None if scorer is None else scorer.add)
         if self._logits is None:
             out = runner.transfers.to_host(out)()
             # Layers that work in place: memory of the input is written again while the output is being sent.
@@ -128,7 +132,8 @@ class StageExecutor:
             row = step.rows[index]
             tokens = batch.token_ids[batch.query_starts[index] : batch.query_starts[index + 1]]
             rows.append((row.sequence_id, tokens, row.context_len, row.sampling))
-        return self._logits.process(out, rows)
+        results = self._logits.process(out, rows)
+        return results if scorer is None else _with_scores(step, results, scorer)
 
     def _hidden(self, frame: StepFrame, num_tokens: int) -> torch.Tensor:
         codec, width = self.hidden_states, self.runner.config.hidden_size
@@ -144,3 +149,23 @@ class StageExecutor:
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _with_scores(step: pb.Step, results: list[pb.RowResult], scorer: Scorer) -> list[pb.RowResult]:
+    """The results of sampled rows with the scores in them, and results of their own for rows that only score."""
+    scored = [row for row in step.rows if row.HasField("scoring")]
+    counts = [(len(row.scoring.target_ids) // 4, row.scoring.num_logprobs) for row in scored]
+    scores, sampled = iter(scorer.results(counts)), iter(results)
+    merged = []
+    for row in step.rows:
+        if row.HasField("sampling"):
+            merged.append(next(sampled))
+        elif row.HasField("scoring"):
+            merged.append(pb.RowResult(sequence_id=row.sequence_id))
+        if row.HasField("scoring"):
+            found = next(scores)
+            if found is None:
+                merged[-1] = pb.RowResult(sequence_id=row.sequence_id, non_finite=True)
+            else:
+                merged[-1].scores.CopyFrom(found)
+    return merged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,10 @@ from stages.kv_cache import KVCache, KVTags
 from stages.models.qwen2 import Qwen2Stage
 from stages.partition import LayerRange, kv_bytes_per_token
 from stages.transfers import transfers_for
+
+SCORED_AT_ONCE = 128
+"""Tokens whose logits are there together while a prompt is scored: 78 MB at a vocabulary of 152,064. Many enough that reading
+`lm_head` for them costs less than multiplying with it."""
 
 
 class StageRunner:
@@ -107,11 +113,15 @@ class StageRunner:
         return f"attention: {self.attention_report}; {self.model.products.report()}"
 
     @torch.inference_mode()
-    def execute(self, batch: StepBatch, hidden_TD: Tensor | None) -> Tensor:
+    def execute(
+        self, batch: StepBatch, hidden_TD: Tensor | None, on_scored: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
         """Run the layers. Token ids come from the batch on the first stage, `hidden_TD` [T, D] on the others.
 
         Returns hidden states [T, D] in the stage's dtype, or on the last stage float32 logits [R, V] for
-        `batch.output_rows`, in their order. Raises InternalError (KV_TAG_MISMATCH) with `debug_kv`.
+        `batch.output_rows`, in their order; `on_scored` gets those of `batch.scored_tokens` in pieces: the place of the
+        first among the scored tokens, and float32 logits [S', V] which it may change. Raises InternalError
+        (KV_TAG_MISMATCH) with `debug_kv`.
         """
         assert self._kv is not None, "allocate_kv comes before execute"
         if self._tags is not None:
@@ -119,12 +129,16 @@ class StageRunner:
             self._tags.check(batch)
         assert (hidden_TD is None) == self.model.is_first
         given: np.ndarray | Tensor = batch.token_ids.astype(np.int64) if hidden_TD is None else hidden_TD
-        fresh, last_tokens, input_T, *arrays = self.transfers.to_device(
-            (batch.fresh_blocks, batch.last_tokens, given, *batch.attention_arrays)
+        fresh, last_tokens, scored, input_T, *arrays = self.transfers.to_device(
+            (batch.fresh_blocks, batch.last_tokens, batch.scored_tokens, given, *batch.attention_arrays)
         )
         if len(fresh):
             self._kv.clear(fresh)
         hidden_TD = self.model(input_T, AttentionContext.from_batch(batch, arrays), self._kv)
         if not self.model.is_last:
             return hidden_TD.contiguous()
+        if on_scored is not None:
+            for start in range(0, len(scored), SCORED_AT_ONCE):
+                places_S = scored[start : start + SCORED_AT_ONCE]
+                on_scored(start, self.model.compute_logits(hidden_TD.index_select(0, places_S)))
         return self.model.compute_logits(hidden_TD.index_select(0, last_tokens))

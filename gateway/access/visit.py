@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from gateway.access.keys import Tenant
 from gateway.access.limits import Bucket
-from gateway.types import GenerateRequest
+from gateway.types import GenerateRequest, ScoreRequest
 from stageline.errors import InvalidArgumentError, PermissionDeniedError, ResourceExhaustedError, StagelineError
 
 BUSY_RETRY_S = 1.0  # when one of a tenant's sequences ends is not known
@@ -76,16 +76,26 @@ class Visit:
         ResourceExhaustedError. Of several prompts in one call the first decides whether there are tokens: a call that is
         refused half way would be paid for again and again.
         """
+        self._admit(request.priority, request.num_choices, len(request.prompt_token_ids))
+        return replace(request, tenant=self.account.tenant)
+
+    def admit_score(self, request: ScoreRequest) -> ScoreRequest:
+        """As `admit`. However many continuations are scored side by side, the call counts as one sequence."""
+        num_tokens = len(request.context_token_ids) + sum(map(len, request.continuations))
+        self._admit(request.priority, 1, num_tokens)
+        return replace(request, tenant=self.account.tenant)
+
+    def _admit(self, priority: int, num_sequences: int, num_tokens: int) -> None:
         account, policy = self.account, self.account.policy
-        if request.priority > policy.max_priority:
+        if priority > policy.max_priority:
             raise PermissionDeniedError(
                 "PRIORITY_NOT_ALLOWED",
-                f"tenant {account.tenant!r} may not go before others with priority {request.priority}: at most "
+                f"tenant {account.tenant!r} may not go before others with priority {priority}: at most "
                 f"{policy.max_priority} (higher goes first; over HTTP the sign is the other way, as in vLLM)",
-                field="priority", value=request.priority, limit=policy.max_priority, tenant=account.tenant,
+                field="priority", value=priority, limit=policy.max_priority, tenant=account.tenant,
             )  # fmt: skip
-        self._hold(request.num_choices)
-        num_tokens, now_s = len(request.prompt_token_ids), time.monotonic()
+        self._hold(num_sequences)
+        now_s = time.monotonic()
         wait_s = 0.0 if self.num_prompt_tokens else account.tokens.wait_s(num_tokens, now_s)
         if wait_s > 0:
             limit = policy.tokens_per_minute
@@ -96,7 +106,6 @@ class Visit:
             )  # fmt: skip
         account.tokens.take(num_tokens, now_s)
         self.num_prompt_tokens += num_tokens
-        return replace(request, tenant=account.tenant)
 
     def charge(self, num_tokens: int) -> None:
         """Tokens were generated; the next request waits until they are paid for."""

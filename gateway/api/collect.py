@@ -48,6 +48,7 @@ class _Collected:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     calls: dict[int, list[ToolCallDelta]] = field(default_factory=dict)
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     matched_stop: str = ""
     cached_prompt_tokens: int = 0
@@ -56,6 +57,8 @@ class _Collected:
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         for call in delta.tool_calls:
             self.calls.setdefault(call.index, []).append(call)
         self.finish_reason = delta.finish_reason
@@ -71,6 +74,7 @@ class _Collected:
             finish_reason=self.finish_reason,
             matched_stop=self.matched_stop,
             cached_prompt_tokens=self.cached_prompt_tokens,
+            prompt_logprobs=self.prompt_logprobs,
             tool_calls=tuple(
                 replace(parts[0], arguments="".join(part.arguments for part in parts)) for parts in self.calls.values()
             ),

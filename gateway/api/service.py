@@ -15,13 +15,22 @@ from gateway.access import visit as visits
 from gateway.api.checks import check_token_ids
 from gateway.api.collect import Answer, collect
 from gateway.api.post import PostProcessor
-from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt
+from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt, TokenPrompt
+from gateway.api.scoring import RawScore, Scored, check_counts, validate_score
 from gateway.api.tool_choice import with_tool_choice
 from gateway.api.validate import check_served, end_token_ids, validate
 from gateway.grammar import GrammarCompiler
 from gateway.metrics import Metrics
 from gateway.tokenizer import ChatTemplate, Detokenizer, StopMatcher, Tokenizer
-from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
+from gateway.types import (
+    ChoiceDelta,
+    ContinuationScore,
+    GenerateRequest,
+    ModelInfo,
+    PipelineStatus,
+    ReplicaStatus,
+    ScoreRequest,
+)
 from stageline.errors import FailedPreconditionError
 from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
 
@@ -40,6 +49,10 @@ class EngineLike(Protocol):
 
     def check_room(self) -> None:
         """Raises what `generate` would raise for any request now: a full queue, a gateway that stops."""
+        ...
+
+    def score(self, request: ScoreRequest) -> AsyncIterator[ContinuationScore]:
+        """An async generator of scores, as each is done; closing it cancels the request."""
         ...
 
     def ready(self) -> bool:
@@ -122,7 +135,13 @@ class Frontend:
             created_s=int(time.time()),
             num_returned=(raw.num_choices or 1) if ranked else request.num_choices,
             show_logprobs=show_logprobs,
-            echo=(text or self.tokenizer.decode(token_ids, skip_special_tokens=False)) if raw.echo else "",
+            # Beside offsets of tokens, the prompt is echoed as the model sees it, which normalization may have changed.
+            echo=(
+                (text if raw.num_prompt_logprobs is None else "")
+                or self.tokenizer.decode(token_ids, skip_special_tokens=False)
+            )
+            if raw.echo
+            else "",
             parse_tools=parse_tools,
         )
 
@@ -151,8 +170,12 @@ class Frontend:
         """Deltas as they come. Close it (aclosing) to cancel the request."""
         # The engine returns an async generator; the protocol of two parts says only what both need.
         deltas = cast("AsyncGenerator[ChoiceDelta]", self.engine.generate(accepted.request))
-        post = PostProcessor(echo=accepted.echo, parse_tools=accepted.parse_tools)
         request = accepted.request
+        post = PostProcessor(
+            echo=accepted.echo,
+            parse_tools=accepted.parse_tools,
+            scored_by=None if request.num_prompt_logprobs is None else request.first_choice,
+        )
         if request.resume_token_ids:
             post.resume(request.first_choice, self._text_so_far(request))
         visit = visits.current.get()
@@ -163,7 +186,8 @@ class Frontend:
                     num_tokens += len(delta.token_ids)
                     if visit is not None:
                         visit.charge(len(delta.token_ids))
-                    yield post.apply(delta)
+                    for one in post.apply(delta):
+                        yield one
             outcome = "done"
         except Exception as error:
             outcome = getattr(error, "reason", type(error).__name__)
@@ -178,6 +202,53 @@ class Frontend:
         """The whole answer."""
         async with aclosing(self.stream(accepted)) as deltas:
             return await collect(deltas, accepted.num_returned, show_logprobs=accepted.show_logprobs)
+
+    async def score(self, raw: RawScore) -> Scored:
+        """Scores of all continuations; cancelling it cancels the request.
+
+        Raises what `check_served`, `check_counts`, `encode`, `validate_score` and the engine raise.
+        """
+        check_served(raw.generation(), self.model)
+        check_counts(raw)
+        assert raw.context is not None
+        context, _ = await self.encode(raw.context)
+        continuations = await self._encode_all([one for one in raw.continuations if one is not None])
+        request = validate_score(raw, context, continuations, self.model)
+        if (visit := visits.current.get()) is not None:
+            request = visit.admit_score(request)
+        scores = cast("AsyncGenerator[ContinuationScore]", self.engine.score(request))
+        started_s, outcome = time.monotonic(), "cancelled"
+        found: dict[int, ContinuationScore] = {}
+        try:
+            async with aclosing(scores):
+                async for score in scores:
+                    found[score.index] = score
+            outcome = "done"
+        except Exception as error:
+            outcome = getattr(error, "reason", type(error).__name__)
+            raise
+        finally:
+            logger.info(
+                "request %s: %s, %d context tokens, %d of %d continuations scored in %.3f s", request.request_id, outcome,
+                len(context), len(found), len(continuations), time.monotonic() - started_s,
+            )  # fmt: skip
+        return Scored(
+            request=request,
+            scores=[found[place] for place in range(len(continuations))],
+            num_cached_tokens=min(score.cached_context_tokens for score in found.values()),
+        )
+
+    async def _encode_all(self, prompts: Sequence[TextPrompt | TokenPrompt]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of many texts, each by itself."""
+
+        def encode() -> tuple[tuple[int, ...], ...]:
+            return tuple(
+                self.tokenizer.encode(one.text) if isinstance(one, TextPrompt) else tuple(one.token_ids)
+                for one in prompts
+            )
+
+        num_chars = sum(len(one.text) for one in prompts if isinstance(one, TextPrompt))
+        return await asyncio.to_thread(encode) if num_chars > LONG_TEXT_CHARS else encode()
 
     def _text_so_far(self, request: GenerateRequest) -> str:
         """What the client has of a resumed choice: what its tokens released, without what a stop string held back."""

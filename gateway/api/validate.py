@@ -12,7 +12,7 @@ from gateway.api.checks import check_token_ids, count_at_most, fail, real, shown
 from gateway.api.raw import RawRequest, RawResume
 from gateway.api.request_id import check_request_id, new_request_id
 from gateway.types import MAX_PRIORITY, GenerateRequest, ModelInfo, SamplingParams
-from stageline.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError
+from stageline.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -33,20 +33,6 @@ def check_served(raw: RawRequest, model: ModelInfo) -> None:
             "MODEL_NOT_FOUND", f"model {raw.model!r} is not served here; this server has {model.name!r}",
             field=shown_name(raw, "model"), model=raw.model, served=model.name,
         )  # fmt: skip
-    if raw.num_prompt_logprobs is not None:
-        shown = shown_name(raw, "num_prompt_logprobs")
-        raise UnimplementedError(
-            "PARAMETER_NOT_SERVED",
-            f"{shown} is not served yet; leave it out",
-            field=shown,
-            value=raw.num_prompt_logprobs,
-        )
-    if raw.echo and raw.num_logprobs is not None:
-        shown = shown_name(raw, "echo")
-        raise UnimplementedError(
-            "PARAMETER_NOT_SERVED", f"{shown} with log-probabilities is not served yet; leave one of them out",
-            field=shown,
-        )  # fmt: skip
     if raw.prompt is None:
         fail(raw, "prompt", "PROMPT_MISSING", "is required: text, token ids or a conversation")
     if raw.request_id:
@@ -65,6 +51,9 @@ def validate(raw: RawRequest, prompt_token_ids: tuple[int, ...], model: ModelInf
     if raw.constraint is not None and raw.ignore_eos:
         fail(raw, "ignore_eos", "IGNORE_EOS_WITH_GRAMMAR",
              f"cannot be used with {raw.constraint.field}: an end token is how such an answer ends")  # fmt: skip
+    if resume is not None and resume.token_ids and raw.num_prompt_logprobs is not None:
+        fail(raw, "num_prompt_logprobs", "RESUME_WITH_PROMPT_LOGPROBS",
+             "cannot be resumed: the first delta of the answer had them; leave it out")  # fmt: skip
     sampling = _sampling_params(raw, len(prompt_token_ids), model, None if resume is None else resume.seed)
     if resume is not None and len(resume.token_ids) > sampling.max_tokens:
         fail(
@@ -81,7 +70,15 @@ def validate(raw: RawRequest, prompt_token_ids: tuple[int, ...], model: ModelInf
         resume_token_ids=() if resume is None else tuple(resume.token_ids),
         priority=whole(raw, "priority", raw.priority, 0, low=-MAX_PRIORITY, high=MAX_PRIORITY),
         deadline_s=raw.deadline_s,
+        num_prompt_logprobs=_num_prompt_logprobs(raw, model),
     )
+
+
+def _num_prompt_logprobs(raw: RawRequest, model: ModelInfo) -> int | None:
+    if raw.num_prompt_logprobs is None:
+        return None
+    high = min(MAX_LOGPROBS, model.vocab_size)
+    return whole(raw, "num_prompt_logprobs", raw.num_prompt_logprobs, None, high=high)
 
 
 def _sampling_params(raw: RawRequest, num_prompt: int, model: ModelInfo, resume_seed: int | None) -> SamplingParams:
@@ -132,7 +129,7 @@ def _check_prompt(raw: RawRequest, token_ids: tuple[int, ...], model: ModelInfo)
     if not token_ids:
         fail(raw, "prompt", "PROMPT_EMPTY", "is empty; send at least one token")
     check_token_ids(token_ids, model.vocab_size, shown_name(raw, "prompt"))
-    if len(token_ids) >= model.max_context_tokens:
+    if len(token_ids) >= model.max_context_tokens + (raw.max_tokens == 0):  # nothing generated: all of it may be prompt
         fail(
             raw, "prompt", "CONTEXT_LENGTH_EXCEEDED",
             f"has {len(token_ids)} tokens; prompt and answer together have at most {model.max_context_tokens}",
@@ -144,7 +141,8 @@ def _max_tokens(raw: RawRequest, num_prompt: int, model: ModelInfo) -> int:
     left = model.max_context_tokens - num_prompt
     if raw.max_tokens is None:
         return left if raw.default_max_tokens is None else min(left, raw.default_max_tokens)
-    asked = whole(raw, "max_tokens", raw.max_tokens, None, low=1, high=2**31 - 1)
+    low = 0 if raw.echo or raw.num_prompt_logprobs is not None else 1  # else there is nothing to answer
+    asked = whole(raw, "max_tokens", raw.max_tokens, None, low=low, high=2**31 - 1)
     if asked > left:
         fail(
             raw, "max_tokens", "CONTEXT_LENGTH_EXCEEDED",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
 from gateway.engine.deltas import Deltas
 from gateway.grammar import RowMasks, allows_only
 from gateway.metrics import Metrics
+from gateway.sampling import scored_tokens
 from gateway.scheduler import Sequence
 from gateway.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 from stageline.errors import StagelineError
+from stageline.stage.v1 import stage_service_pb2 as pb
 
 
 @dataclass(slots=True)
@@ -44,13 +47,24 @@ class ChoiceState:
         self._matcher = StopMatcher(self.params.stop_strings, self.params.include_stop_string)
         self._stop_ids = frozenset(self.params.eos_token_ids) | frozenset(self.params.stop_token_ids)
         self._suppressed = tuple(sorted(self._stop_ids))
-        longest = len(request.prompt_token_ids) + self.params.max_tokens
+        self.num_prompt_logprobs = request.num_prompt_logprobs or 0
+        # The prompt is the same for all choices: the first one scores it.
+        scores = request.num_prompt_logprobs is not None and index == request.first_choice
+        self._scores: list[TokenLogprobs] | None = [] if scores else None
+        prompt, forced = request.prompt_token_ids, None
+        longest = len(prompt) + self.params.max_tokens
+        scores = scores and len(prompt) > 1
+        if self.params.max_tokens == 0 and scores:
+            *computed, forced = prompt
+            prompt = tuple(computed)
         self.sequence = Sequence(
             sequence_id=sequence_id,
-            prompt_token_ids=request.prompt_token_ids,
+            prompt_token_ids=prompt,
             output_token_ids=list(request.resume_token_ids),
             choice_index=index,
             max_total_tokens=min(longest, context_tokens),
+            score_from=1 if scores else None,
+            forced_token_id=forced,
             priority=request.priority,
             request_key=id(deltas),  # one queue serves all choices of a request, and lives as long as they do
             tenant=request.tenant,
@@ -61,6 +75,8 @@ class ChoiceState:
         grammar = request.grammar
         self._constrained = grammar is not None
         self._resume(request.resume_token_ids)
+        if self.params.max_tokens == 0 and not scores:  # nothing to compute
+            self._send(_Piece("", FinishReason.LENGTH), (), ())
         self.masks: RowMasks | None = None if grammar is None or self.ended else grammar.start(request.resume_token_ids)
 
     def move(self) -> None:
@@ -77,6 +93,9 @@ class ChoiceState:
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
         """Take a generated token that the sequence already holds, send its delta, return whether the choice ended."""
+        if self.sequence.forced_token_id is not None:
+            self._send(_Piece("", FinishReason.LENGTH), (), ())
+            return True
         piece = self._advance(token_id, len(self.sequence.output_token_ids))
         self._send(piece, (token_id,), () if logprobs is None else (logprobs,))
         if self.masks is not None and not self.ended:
@@ -94,6 +113,11 @@ class ChoiceState:
         self._last_token_s = now_s
         if self.finish_reason is not None:
             metrics.finished(self.finish_reason, now_s - self.created_s)
+
+    def add_scores(self, result: pb.RowResult, target_ids: Sequence_[int]) -> None:
+        """Take the scores of the prompt's next tokens. Raises what `scored_tokens` raises."""
+        assert self._scores is not None
+        self._scores += scored_tokens(result, target_ids)
 
     def allowed_tokens(self) -> bytes:
         """Bitmask of the tokens the grammar allows at this position; empty without a grammar, or where it failed, which
@@ -142,6 +166,7 @@ class ChoiceState:
     def _send(self, piece: _Piece, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
         self.finish_reason = piece.finish_reason
         self.ended = piece.finish_reason is not None
+        scores, self._scores = self._scores, None
         wanted = self.deltas.put(
             ChoiceDelta(
                 index=self.index,
@@ -151,6 +176,7 @@ class ChoiceState:
                 finish_reason=piece.finish_reason,
                 matched_stop=piece.matched_stop,
                 cached_prompt_tokens=self.sequence.num_cached_prompt_tokens,
+                prompt_logprobs=None if scores is None else tuple(scores),
             )
         )
         self.ended = self.ended or not wanted

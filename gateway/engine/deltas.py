@@ -39,7 +39,8 @@ class _Merged:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, delta: ChoiceDelta) -> None:
-        self.last = delta
+        scores = self.last.prompt_logprobs  # they came with the first delta, and belong to it
+        self.last = delta if scores is None else replace(delta, prompt_logprobs=scores)
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
@@ -135,6 +136,5 @@ class Deltas:
 
 
 def _size(delta: ChoiceDelta) -> int:
-    if not delta.logprobs:
-        return len(delta.token_ids)
-    return len(delta.token_ids) + sum(1 + len(one.top) for one in delta.logprobs)
+    scored = (*delta.logprobs, *(delta.prompt_logprobs or ()))
+    return len(delta.token_ids) + sum(1 + len(one.top) for one in scored)

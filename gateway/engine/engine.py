@@ -16,10 +16,20 @@ from gateway.engine.invariants import EngineState, find_leaks
 from gateway.engine.keeper import Keeper
 from gateway.engine.lane import Lane, deadline_exceeded
 from gateway.engine.settings import EngineSettings
+from gateway.engine.track import Scores, Track, num_tracks
 from gateway.metrics import Metrics
 from gateway.pipelines.discovery import Registry
+from gateway.scheduler import Sequence as ScheduledSequence
 from gateway.tokenizer import Tokenizer
-from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus
+from gateway.types import (
+    ChoiceDelta,
+    ContinuationScore,
+    GenerateRequest,
+    ModelInfo,
+    PipelineStatus,
+    ReplicaStatus,
+    ScoreRequest,
+)
 from stageline.errors import InvalidArgumentError, ResourceExhaustedError, StagelineError, UnavailableError
 from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
 
@@ -110,10 +120,9 @@ class Engine:
                 choices += (
                     self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)
                 )
-                lane = await self._place(request, choices[0])
-                if request.deadline_s is not None:
-                    loop = asyncio.get_running_loop()
-                    timer = loop.call_later(_remaining(request.deadline_s), self._end, choices, deadline_exceeded())
+                num_tokens = request.num_choices * len(request.prompt_token_ids)
+                lane = await self._place(choices[0].sequence, num_tokens, request.deadline_s)
+                timer = self._timer(choices, request.deadline_s)
                 for choice in choices:
                     if not choice.ended:  # a resumed generation may have ended already
                         lane.add(choice)
@@ -179,12 +188,59 @@ class Engine:
                     self._leaks_seen.add(leak)
                     logger.critical("INVARIANT VIOLATED, please report: nothing runs, but there is left: %s", leak)
 
+    async def score(self, request: ScoreRequest) -> AsyncGenerator[ContinuationScore, None]:
+        """Scores of all continuations, as each is done. Closing the iterator cancels the request.
+
+        Raises what `generate` raises.
+        """
+        scores: Scores = asyncio.Queue()
+        longest_first = sorted(range(len(request.continuations)), key=lambda at: -len(request.continuations[at]))
+        lengths = [len(request.continuations[at]) for at in longest_first]
+        tracks: list[Track] = []
+        timer = None
+        with self._counted() as counted:
+            try:
+                whole = Track(request, longest_first, next(self._sequence_ids), scores)
+                num_tokens = len(request.context_token_ids) + sum(lengths)
+                lane = await self._place(whole.sequence, num_tokens, request.deadline_s)
+                assert lane.scheduler is not None
+                number = num_tracks(
+                    num_context=len(request.context_token_ids),
+                    lengths=lengths,
+                    block_size_tokens=lane.scheduler.block_size_tokens,
+                    shares_prefix=request.use_prefix_cache and lane.scheduler.limits.prefix_caching,
+                    most_tokens=self._settings.max_waiting_tokens // 4,
+                )
+                places = (longest_first[i::number] for i in range(number))
+                tracks += (Track(request, of, next(self._sequence_ids), scores) for of in places)
+                timer = self._timer(tracks, request.deadline_s)
+                for track in tracks:
+                    lane.add(track)
+                counted.queued = True
+                lane.pump()
+                for _ in lengths:
+                    score = await scores.get()
+                    if isinstance(score, StagelineError):
+                        raise score
+                    yield score
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                self._end(tracks, None)
+
+    def _timer(self, choices: Sequence[ChoiceState | Track], deadline_s: float | None) -> asyncio.TimerHandle | None:
+        """Ends the request when its time has come."""
+        if deadline_s is None:
+            return None
+        loop = asyncio.get_running_loop()
+        return loop.call_later(_remaining(deadline_s), self._end, choices, deadline_exceeded())
+
     def _make_choice(self, request: GenerateRequest, index: int, deltas: Deltas) -> ChoiceState:
         return ChoiceState(
             request, index, next(self._sequence_ids), self._tokenizer, self.model.max_context_tokens, deltas
         )
 
-    def _end(self, choices: Sequence[ChoiceState], error: StagelineError | None) -> None:
+    def _end(self, choices: Sequence[ChoiceState | Track], error: StagelineError | None) -> None:
         """Drop what is left of a request; a choice may have moved to another lane since it was added."""
         for choice in choices:
             if error is not None:
@@ -222,10 +278,9 @@ class Engine:
                 waiting_tokens=self._unplaced_tokens,
             )
 
-    async def _place(self, request: GenerateRequest, choice: ChoiceState) -> Lane:
-        """The lane that moves and on which it has the least to wait for, cached prefix counted, else one that recovers; waits,
-        within the deadline, while there is none."""
-        num_tokens = request.num_choices * len(request.prompt_token_ids)
+    async def _place(self, sequence: ScheduledSequence, num_tokens: int, deadline_s: float | None) -> Lane:
+        """The lane that moves and on which a request of so many tokens, of which this is the first sequence, has the least to
+        wait for, cached prefix counted, else one that recovers; waits, within the deadline, while there is none."""
         self._check_unplaced(num_tokens)
         self._num_unplaced += 1
         self._unplaced_tokens += num_tokens
@@ -233,17 +288,15 @@ class Engine:
             while True:
                 if self._stopping:
                     raise _stopping()
-                if request.deadline_s is not None and request.deadline_s <= time.monotonic():
+                if deadline_s is not None and deadline_s <= time.monotonic():
                     raise deadline_exceeded()
                 if usable := self._usable():
                     if len(usable) == 1:
                         return usable[0]
-                    return min(usable, key=lambda lane: (not lane.moving, lane.cost_tokens(choice.sequence)))
+                    return min(usable, key=lambda lane: (not lane.moving, lane.cost_tokens(sequence)))
                 changed = self._keeper.changed.wait()
                 try:
-                    await asyncio.wait_for(
-                        changed, None if request.deadline_s is None else _remaining(request.deadline_s)
-                    )
+                    await asyncio.wait_for(changed, None if deadline_s is None else _remaining(deadline_s))
                 except TimeoutError:
                     raise deadline_exceeded() from None
         finally:

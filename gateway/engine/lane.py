@@ -11,13 +11,14 @@ from gateway.engine.choice import ChoiceState
 from gateway.engine.invariants import LaneState
 from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
+from gateway.engine.track import Track
 from gateway.engine.watch import StepFeed, describe_step
 from gateway.grammar import Outbox
 from gateway.metrics import Metrics
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from gateway.pipelines.pipeline import Pipeline
-from gateway.sampling import choose_rows
+from gateway.sampling import Choice, choose_rows
 from gateway.scheduler import PROBE_PRIORITY, MicroBatch, Scheduler, Sequence, StepTiming, check_integrity
 from gateway.types import PipelineStatus, ReplicaStatus
 from stageline.errors import (
@@ -54,7 +55,7 @@ class Lane:
         self.stages: Chain = ()  # replicas in use; set before they are claimed, so that no other lane takes them
         self.num_recoveries = 0
         self._make_scheduler, self._metrics, self._check_integrity = make_scheduler, metrics, check_integrity
-        self._choices: dict[int, ChoiceState] = {}
+        self._choices: dict[int, ChoiceState | Track] = {}
         self._sent: dict[int, tuple[MicroBatch, float]] = {}  # by step id; when, on the monotonic clock
         self._outbox = Outbox()
         self.num_tokens = 0
@@ -160,14 +161,14 @@ class Lane:
         assert self.scheduler is not None
         self.scheduler.check_room(1)
 
-    def add(self, choice: ChoiceState, *, bounded: bool = True) -> None:
+    def add(self, choice: ChoiceState | Track, *, bounded: bool = True) -> None:
         """Take a sequence; `pump` makes it go. Raises ResourceExhaustedError (if `bounded`) or InvalidArgumentError where it
         cannot be queued."""
         assert self.scheduler is not None
         self.scheduler.add(choice.sequence, bounded=bounded)
         self._choices[choice.sequence.sequence_id] = choice
 
-    def adopt(self, choice: ChoiceState) -> None:
+    def adopt(self, choice: ChoiceState | Track) -> None:
         """Take a sequence however many wait, and pump; it fails if it could never be held."""
         try:
             self.add(choice, bounded=False)
@@ -175,7 +176,7 @@ class Lane:
             choice.fail(error)
         self.pump()
 
-    def take_all(self) -> list[ChoiceState]:
+    def take_all(self) -> list[ChoiceState | Track]:
         """Give every sequence away, in the order they came."""
         choices = list(self._choices.values())
         self._choices.clear()
@@ -183,12 +184,12 @@ class Lane:
             choice.move()
         return choices
 
-    def cancel(self, choice: ChoiceState) -> None:
+    def cancel(self, choice: ChoiceState | Track) -> None:
         """Drop a sequence; its blocks go back as soon as nothing in flight touches them."""
         if self._drop(choice):
             self.pump()
 
-    def _drop(self, choice: ChoiceState) -> bool:
+    def _drop(self, choice: ChoiceState | Track) -> bool:
         if self._choices.pop(choice.sequence.sequence_id, None) is None:
             return False
         assert self.scheduler is not None
@@ -215,7 +216,7 @@ class Lane:
             masks = [choice.masks.ready for choice in outputs if choice.masks is not None]
             self._outbox.put(masks, partial(self._send, self.pipeline, batch, choices))
 
-    def _send(self, pipeline: Pipeline, batch: MicroBatch, choices: Mapping[int, ChoiceState]) -> None:
+    def _send(self, pipeline: Pipeline, batch: MicroBatch, choices: Mapping[int, ChoiceState | Track]) -> None:
         if pipeline is self.pipeline and not pipeline.broken.is_set():
             now_s = time.monotonic()
             if not self._sent:
@@ -285,12 +286,21 @@ class Lane:
     ) -> None:
         assert self.scheduler is not None
         wanted: list[tuple[ChoiceState, pb.RowResult, int]] = []
+        chosen: dict[int, Choice] = {}
         for row in batch.rows:
-            choice = self._choices.get(row.sequence.sequence_id)
-            if choice is None or not row.wants_output:  # cancelled on the way, or a prefill chunk
+            sequence_id = row.sequence.sequence_id
+            choice = self._choices.get(sequence_id)
+            if choice is None or not (row.wants_output or row.target_ids):  # cancelled on the way, or a prefill chunk
                 continue
+            forced = row.sequence.forced_token_id
             try:
-                wanted.append((choice, _result(results, row.sequence.sequence_id), row.output_position))
+                if row.target_ids:
+                    choice.add_scores(_result(results, sequence_id), row.target_ids)
+                if row.wants_output and forced is not None:
+                    chosen[sequence_id] = Choice(forced, None)
+                elif row.wants_output:
+                    assert isinstance(choice, ChoiceState)
+                    wanted.append((choice, _result(results, sequence_id), row.output_position))
             except StagelineError as error:
                 choice.fail(error)
                 self._drop(choice)
@@ -300,7 +310,6 @@ class Lane:
             choice_indices=[choice.index for choice, _, _ in wanted],
             positions=[position for _, _, position in wanted],
         )
-        chosen = {}
         for (choice, result, _), answer in zip(wanted, answers, strict=True):
             if isinstance(answer, StagelineError):
                 choice.fail(answer)
@@ -320,7 +329,8 @@ class Lane:
                 ended = True
             if choice.sequence.priority < PROBE_PRIORITY:
                 self.num_tokens += 1
-                choice.measure(self._metrics, arrived_s)
+                if isinstance(choice, ChoiceState):
+                    choice.measure(self._metrics, arrived_s)
             if ended:
                 self._drop(choice)
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gateway.engine.choice import ChoiceState
+from gateway.engine.track import Track
 from gateway.sampling import make_sampling
 from gateway.scheduler import MicroBatch, ScheduledRow
 from stageline.stage.v1 import stage_service_pb2 as pb
 
 
-def build_step(batch: MicroBatch, choices: Mapping[int, ChoiceState]) -> pb.Step:
+def build_step(batch: MicroBatch, choices: Mapping[int, ChoiceState | Track]) -> pb.Step:
     """The Step of a micro-batch; `choices` has every sequence in it, by id."""
     step = pb.Step(step_id=batch.step_id, released_sequence_ids=batch.released_sequence_ids)
     step.token_ids = _int32([token for row in batch.rows for token in row.token_ids])
@@ -23,8 +24,13 @@ def build_step(batch: MicroBatch, choices: Mapping[int, ChoiceState]) -> pb.Step
             context_len=scheduled.context_len,
             block_table=_int32(scheduled.block_table),
         )
-        if scheduled.wants_output:
-            row.sampling.CopyFrom(_sampling(scheduled, choices[scheduled.sequence.sequence_id]))
+        choice = choices[scheduled.sequence.sequence_id]
+        if scheduled.target_ids:
+            row.scoring.num_logprobs = choice.num_prompt_logprobs
+            row.scoring.first_token = scheduled.scored_from
+            row.scoring.target_ids = _int32(scheduled.target_ids)
+        if scheduled.wants_output and isinstance(choice, ChoiceState) and choice.sequence.forced_token_id is None:
+            row.sampling.CopyFrom(_sampling(scheduled, choice))
     return step
 
 

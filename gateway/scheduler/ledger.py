@@ -131,8 +131,8 @@ class Ledger:
     def complete(self, step_id: int, tokens: Mapping[int, int], *, timing: StepTiming | None = None) -> None:
         """The oldest micro-batch in flight returned; `tokens` maps sequence id to chosen token id.
 
-        There is one for every row that wants an output and whose sequence is not `finished`: `finish` first the sequences
-        whose answer is unusable. Others are ignored. Each token is appended to its `output_token_ids`; a sequence that
+        There is one for every row that wants an output and whose sequence is not `finished` (where the token is forced, that
+        one): `finish` first the sequences whose answer is unusable. Others are ignored. Each token is appended to its `output_token_ids`; a sequence that
         reaches `max_total_tokens` is finished here (a later `finish` of it does nothing).
         """
         micro_batch = self._take_returned(step_id)
@@ -145,6 +145,8 @@ class Ledger:
                 continue
             sequence.num_computed_tokens = max(sequence.num_computed_tokens, row.context_len)
             self._publish(row)
+            if row.target_ids:
+                sequence.score_from = row.start + row.scored_from + len(row.target_ids) + 1
             if row.wants_output:
                 self._append(sequence, tokens[sequence.sequence_id])
 
@@ -155,7 +157,13 @@ class Ledger:
             sequence.run_alone = False
             del self._alone[sequence.sequence_id]
         self._waiting.counters.charge(sequence.tenant, output_tokens=1)
-        if sequence.num_tokens == sequence.max_total_tokens:
+        if sequence.next_branches:
+            sequence.output_token_ids.clear()
+            sequence.start_next_branch()
+            num_new = sequence.num_tokens - sequence.num_scheduled_tokens
+            self._waiting.counters.charge(sequence.tenant, prompt_tokens=num_new)
+            self._prefilling[sequence.sequence_id] = sequence
+        elif sequence.forced_token_id is not None or sequence.num_tokens == sequence.max_total_tokens:
             self.finish(sequence.sequence_id)
         else:
             self._ready[sequence.sequence_id] = sequence
@@ -168,10 +176,13 @@ class Ledger:
 
     def _filled_keys(self, row: ScheduledRow) -> list[bytes]:
         """Keys of the blocks that a row completes and that may be shared."""
-        first, last = row.start // self.block_size_tokens, row.context_len // self.block_size_tokens
-        if first == last or not self._may_share(row.sequence):
+        sequence, end = row.sequence, row.context_len
+        if sequence.branch_start is not None:  # the slot before it is written again by every branch
+            end = min(end, sequence.branch_start - 1)
+        first, last = row.start // self.block_size_tokens, end // self.block_size_tokens
+        if first >= last or not self._may_share(sequence):
             return []
-        return row.sequence.keys(last, self.block_size_tokens)[first:last]
+        return sequence.keys(last, self.block_size_tokens)[first:last]
 
     def _may_share(self, sequence: Sequence) -> bool:
         return self.limits.prefix_caching and sequence.use_prefix_cache
@@ -343,8 +354,8 @@ class Ledger:
         return len(self._cached_blocks(sequence, 0)) * self.block_size_tokens
 
     def _num_shareable(self, sequence: Sequence) -> int:
-        """Its full blocks without the last token, which is always computed."""
-        return (sequence.num_tokens - 1) // self.block_size_tokens
+        """Its full blocks of tokens that need not be computed."""
+        return sequence.num_shareable_tokens // self.block_size_tokens
 
     def _cached_blocks(self, sequence: Sequence, first: int) -> list[int]:
         """Published blocks for its blocks `first`, `first` + 1, ..."""

@@ -31,6 +31,10 @@ class ScheduledRow:
     needs_registration: bool
     is_prefill: bool
     """A chunk of tokens that were there when the sequence began (again), not the token chosen last."""
+    scored_from: int = 0
+    """Tokens of the row before the first one whose next token is scored."""
+    target_ids: tuple[int, ...] = ()
+    """Those next tokens; the last of them may belong to a later row, or to none."""
 
 
 @dataclass(slots=True, eq=False)

@@ -284,6 +284,7 @@ class Scheduler(Ledger):
             self._released.pop(sequence.sequence_id, None)  # registering replaces what the stage holds
         sequence.num_scheduled_tokens = end
         sequence.in_flight_steps.append(step_id)
+        scored_from, target_ids = sequence.targets(start, end)
         row = ScheduledRow(
             sequence=sequence,
             start=start,
@@ -295,6 +296,8 @@ class Scheduler(Ledger):
             output_position=len(sequence.output_token_ids),
             needs_registration=needs_registration,
             is_prefill=is_prefill,
+            scored_from=scored_from,
+            target_ids=target_ids,
         )
         if is_prefill:
             self._being_filled.update(self._filled_keys(row))

@@ -38,6 +38,16 @@ class Sequence:
     """Whether its blocks may come from the prefix cache and stay there."""
     cache_salt: str = ""
     """Prefixes are shared only between sequences of equal salt."""
+    score_from: int | None = None
+    """The first token of the prompt whose log-probability is still wanted, at least 1; None: of none. `complete` moves it on,
+    so that nothing is scored twice; what is wanted is computed, whatever the prefix cache holds."""
+    forced_token_id: int | None = None
+    """The token after the prompt, where it is known: scored, neither sampled nor computed, and the end of the sequence."""
+    branch_start: int | None = None
+    """Tokens before it are the context of the sequence's branches; those from it on are the current one's."""
+    next_branches: tuple[tuple[int, ...], ...] = ()
+    """Other continuations of the same context, the longest first and none longer than the current one: scored one after
+    another in the same KV blocks."""
     deaths: dict[str, int] = field(default_factory=dict)
     """Deaths of stages that may have been executing a step of it, since its last token, by stage."""
     run_alone: bool = False
@@ -89,6 +99,32 @@ class Sequence:
             return tuple(self.output_token_ids[start - num_prompt : end - num_prompt])
         return self.prompt_token_ids[start:end] + tuple(self.output_token_ids[: max(0, end - num_prompt)])
 
+    def targets(self, start: int, end: int) -> tuple[int, tuple[int, ...]]:
+        """Of the tokens at [start, end), how many stand before the first whose next token is scored, and those next tokens."""
+        if self.score_from is None or end < self.score_from:
+            return 0, ()
+        first = max(start, self.score_from - 1)
+        targets = self.prompt_token_ids[first + 1 : end + 1]
+        if self.forced_token_id is not None and end == len(self.prompt_token_ids):
+            targets += (self.forced_token_id,)
+        return (first - start, targets) if targets else (0, ())
+
+    @property
+    def num_shareable_tokens(self) -> int:
+        """Tokens whose keys and values may come from the prefix cache: not the last one, nor those that score others, nor
+        branches."""
+        bounds = (self.num_tokens, self.score_from, self.branch_start)
+        return min(bound for bound in bounds if bound is not None) - 1
+
+    def start_next_branch(self) -> None:
+        """Go back to the last token of the context, which the next branch's first one is scored by. Not while in flight."""
+        assert self.branch_start is not None
+        (*computed, last), *others = self.next_branches
+        self.prompt_token_ids = (*self.prompt_token_ids[: self.branch_start], *computed)
+        self.forced_token_id, self.next_branches = last, tuple(others)
+        self.score_from = self.branch_start
+        self.num_scheduled_tokens = self.num_computed_tokens = self.branch_start - 1
+
     def keys(self, num_blocks: int, block_size_tokens: int) -> list[bytes]:
         """At least the keys of its first `num_blocks` blocks, all of them full."""
         keys = self.block_keys
@@ -110,6 +146,10 @@ class Sequence:
             request_key=self.request_key,
             tenant=self.tenant,
             deadline_s=self.deadline_s,
+            score_from=self.score_from,
+            forced_token_id=self.forced_token_id,
+            branch_start=self.branch_start,
+            next_branches=self.next_branches,
             use_prefix_cache=self.use_prefix_cache,
             cache_salt=self.cache_salt,
             deaths=dict(self.deaths),

@@ -9,6 +9,8 @@ import numpy as np
 from stageline.errors import InvalidArgumentError
 from stageline.stage.v1 import stage_service_pb2 as pb
 
+MAX_SCORED_LOGPROBS = 1024
+
 
 def check_sampling(sampling: pb.Sampling, vocab_size: int) -> None:
     """Raises InvalidArgumentError (reason MALFORMED_STEP): ids out of the vocabulary, lists that do not fit, wrong numbers."""
@@ -34,6 +36,13 @@ def check_sampling(sampling: pb.Sampling, vocab_size: int) -> None:
             tokens = np.frombuffer(raw, dtype="<i4")
             if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
                 raise _bad(f"registration.{name} must be in [0, {vocab_size})")
+
+
+def check_scoring(scoring: pb.Scoring) -> None:
+    """Raises InvalidArgumentError (reason MALFORMED_STEP) for more alternatives than a result may carry. StepBatch checks
+    the targets."""
+    if scoring.num_logprobs > MAX_SCORED_LOGPROBS:
+        raise _bad(f"scoring.num_logprobs must be at most {MAX_SCORED_LOGPROBS}, got {scoring.num_logprobs}")
 
 
 def _bad(message: str) -> InvalidArgumentError:

@@ -60,6 +60,18 @@ def expected_tokens(prompt: Sequence[int], count: int, *, num_stages: int, suppr
     return tokens[len(prompt) :]
 
 
+def expected_scores(tokens: Sequence[int], *, num_stages: int) -> list[float]:
+    """What the toy thinks of each token but the first, computed without caches."""
+    values: Sequence[int] = tokens
+    for _ in range(num_stages):
+        values = prefix_hashes(values)
+    scores = []
+    for value, token in zip(values[:-1], tokens[1:], strict=True):
+        logits = logits_of(value).astype(np.float64)
+        scores.append(float(logits[token] - np.log(np.exp(logits).sum())))
+    return scores
+
+
 class ToyRunner:
     """Takes the place of StageRunner. `delay_s` a step; `fail_token` makes a step that holds it fail, `nan_token` makes
     the logits after it NaN, `poison_token` calls `on_poison`, which is to end the stage."""
@@ -91,7 +103,7 @@ class ToyRunner:
         self.num_blocks = num_blocks
         self._slots = np.full(num_blocks * BLOCK_TOKENS, -1, dtype=np.int64)
 
-    def execute(self, batch, hidden_TD):
+    def execute(self, batch, hidden_TD, on_scored=None):
         time.sleep(self.delay_s)
         if self.poison_token in batch.token_ids:
             self.on_poison()
@@ -108,6 +120,12 @@ class ToyRunner:
             out[start:end] = prefix_hashes(self._slots[slots].tolist())[length - (end - start) :]
         if not self.model.is_last:
             return torch.from_numpy(out).reshape(-1, 1)
+        if on_scored is not None:
+            for place, token in enumerate(batch.scored_tokens):
+                scored = np.full(VOCAB_SIZE, np.nan, dtype=np.float32)
+                if batch.token_ids[token] != self.nan_token:
+                    scored = logits_of(int(out[token]))
+                on_scored(place, torch.from_numpy(scored)[None])
         logits = np.zeros((len(batch.output_rows), VOCAB_SIZE), dtype=np.float32)
         for index, row in enumerate(batch.output_rows):
             end = batch.query_starts[row + 1] - 1
@@ -204,9 +222,12 @@ class Answer:
     finish_reason: FinishReason | None = None
     matched_stop: str = ""
     cached_prompt_tokens: int = 0
+    prompt_logprobs: tuple | None = None
 
     def take(self, delta: ChoiceDelta) -> None:
         assert self.finish_reason is None, "a delta after the last one"
+        assert delta.prompt_logprobs is None or not self.token_ids, "they come first, and once"
+        self.prompt_logprobs = delta.prompt_logprobs if delta.prompt_logprobs is not None else self.prompt_logprobs
         self.token_ids += delta.token_ids
         self.text += delta.text
         self.logprobs += delta.logprobs

@@ -56,13 +56,13 @@ class RecordingRunner(ToyRunner):
         self.started = threading.Event()  # a step has reached the runner since the last clear()
         self.faults: dict[int, BaseException] = {}
 
-    def execute(self, batch: Any, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+    def execute(self, batch: Any, hidden_TD: torch.Tensor | None, on_scored: Any = None) -> torch.Tensor:
         self.started.set()
         assert self.gate.wait(60), "a test left the gate closed"
         self.executed.append(batch.step_id)
         if (fault := self.faults.get(batch.step_id)) is not None:
             raise fault
-        return super().execute(batch, hidden_TD)
+        return super().execute(batch, hidden_TD, on_scored)
 
 
 class WideRunner(RecordingRunner):
@@ -80,7 +80,7 @@ class WideRunner(RecordingRunner):
         """float32 [num_tokens, WIDTH], other values for every step."""
         return torch.randn(num_tokens, cls.WIDTH, generator=torch.Generator().manual_seed(step_id))
 
-    def execute(self, batch: Any, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+    def execute(self, batch: Any, hidden_TD: torch.Tensor | None, on_scored: Any = None) -> torch.Tensor:
         assert self.gate.wait(60), "a test left the gate closed"
         expected_TD = self.hidden(batch.step_id, len(batch.token_ids))
         self.executed.append(batch.step_id)

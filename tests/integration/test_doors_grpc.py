@@ -139,7 +139,7 @@ async def test_bad_field_is_named_by_its_path(stub):
         ({"text": ""}, "INVALID_ARGUMENT", "PROMPT_EMPTY"),
         ({"model": "other"}, "NOT_FOUND", "MODEL_NOT_FOUND"),
         ({"priority": 101}, "INVALID_ARGUMENT", "PRIORITY_OUT_OF_RANGE"),
-        ({"output": gen.OutputOptions(num_prompt_logprobs=0)}, "UNIMPLEMENTED", "PARAMETER_NOT_SERVED"),
+        ({"output": gen.OutputOptions(num_prompt_logprobs=21)}, "INVALID_ARGUMENT", "NUM_PROMPT_LOGPROBS_OUT_OF_RANGE"),
         ({"text": "x" * 512}, "INVALID_ARGUMENT", "CONTEXT_LENGTH_EXCEEDED"),
         ({"request_id": "x" * 129}, "INVALID_ARGUMENT", "REQUEST_ID_INVALID"),
     ],

@@ -219,11 +219,13 @@ async def test_extra_sampling_fields_reach_the_engine(client, doors):
         ({"temprature": 1}, "temprature", "unknown_parameter"),
         ({"suffix": "x"}, "suffix", "parameter_not_served"),
         ({"echo": 0}, "echo", "parameter_invalid"),
-        ({"echo": True, "logprobs": 1}, "echo", "parameter_not_served"),
+        ({"echo": True, "logprobs": 21}, "logprobs", "num_logprobs_out_of_range"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens_out_of_range"),
         ({"best_of": 2, "n": 3}, "best_of", "best_of_out_of_range"),
         ({"best_of": 2, "stream": True}, "best_of", "best_of_streamed"),
         ({"priority": 101}, "priority", "priority_out_of_range"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs", "parameter_not_served"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "num_prompt_logprobs_out_of_range"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "prompt_logprobs_streamed"),
     ],
 )
 async def test_completion_refusals(web, doors, change, param, code):

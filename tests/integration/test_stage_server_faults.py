@@ -191,16 +191,31 @@ async def test_sampling_that_makes_no_sense_is_answered() -> None:
         assert stage.server.failure is None
 
 
-async def test_a_scoring_step_is_refused_by_name() -> None:
+async def test_scoring_that_makes_no_sense_is_refused() -> None:
+    asked = [
+        pb.Scoring(num_logprobs=1),
+        pb.Scoring(target_ids=b"\x01\x02"),
+        pb.Scoring(target_ids=int32(1, 2, 3)),
+        pb.Scoring(target_ids=int32(1), first_token=2),
+        pb.Scoring(target_ids=int32(1), first_token=MAX_UINT32),
+        pb.Scoring(target_ids=int32(VOCAB_SIZE)),
+        pb.Scoring(target_ids=int32(-1)),
+        pb.Scoring(target_ids=int32(1), num_logprobs=MAX_UINT32),
+    ]
     async with running() as stage:
         epoch = await stage.start()
         forward, results = stage.forward(epoch), stage.results(epoch)
-        what = step(1, 2)
-        what.rows[0].scoring.num_logprobs = 1
-        await send(forward, epoch, what)
-        assert (await result(results)).error.reason == "SCORING_NOT_SERVED"
-        await send(forward, epoch, step(2))
-        assert len((await result(results)).rows) == 1
+        for number, scoring in enumerate(asked, 1):
+            what = step(2 * number, 2)
+            what.rows[0].scoring.CopyFrom(scoring)
+            await send(forward, epoch, what)
+            assert (await result(results)).error.reason == "MALFORMED_STEP"
+            what = step(2 * number + 1, 2)
+            what.rows[0].scoring.CopyFrom(pb.Scoring(target_ids=int32(1, 2), num_logprobs=3))
+            await send(forward, epoch, what)
+            (row,) = (await result(results)).rows
+            assert (len(row.scores.logprobs), len(row.scores.ranks), len(row.scores.top_ids)) == (8, 8, 24)
+            assert row.candidate_ids  # and it was sampled too
 
 
 def preamble(

@@ -72,6 +72,9 @@ def odd_step(rng: random.Random, step_id: int) -> pb.Step:
             row.sampling.CopyFrom(odd_sampling(rng))
         if rng.random() < 0.05:
             row.scoring.num_logprobs = rng.choice(UINT32)
+        if rng.random() < 0.2:
+            row.scoring.target_ids = ints(rng.choice((1, 2, num_tokens if num_tokens < 1000 else 3)))
+            row.scoring.first_token = rng.choice((0, 0, 0, 1, MAX_UINT32))
     what.token_ids = ints(total)
     what.released_sequence_ids.extend(rng.choices((0, 1, 2, MAX_UINT64), k=rng.randrange(3)))
     return what

@@ -33,6 +33,14 @@ def test_each_unfinished_choice_is_resumed_by_itself():
     assert progress.usage() == pb.Usage(prompt_tokens=3, completion_tokens=3)
 
 
+def test_prompt_logprobs_are_asked_for_until_they_are_there():
+    progress = begun(num_choices=2, output=pb.OutputOptions(num_prompt_logprobs=1, num_logprobs=2))
+    progress.take(pb.ChoiceDelta(index=0, token_ids=[5]))
+    first, second = progress.requests()
+    assert first.output == pb.OutputOptions(num_logprobs=2)
+    assert second.output == pb.OutputOptions(num_prompt_logprobs=1, num_logprobs=2)
+
+
 def test_a_generation_that_was_a_resume_goes_on_from_its_tokens():
     progress = begun(resume=pb.Resume(token_ids=[1], model_fingerprint="f", seed=7, choice_index=4))
     progress.take(pb.ChoiceDelta(index=4, token_ids=[2]))

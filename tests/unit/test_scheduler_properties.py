@@ -105,6 +105,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
         self.ran_before: set[int] = set()
         self.waiting_ids: set[int] = set()
         self.num_sequences = 0
+        self.wanted: dict[int, deque[int]] = {}  # targets whose scores have not come back
         self.new_epoch(num_blocks)
 
     def new_epoch(self, num_blocks: int) -> None:
@@ -126,6 +127,8 @@ class SimulatedPipeline(RuleBasedStateMachine):
         request_key=st.sampled_from([None, None, 1, 2]),
         lives_s=st.sampled_from([None, None, None, 5.0, 50.0]),
         run_alone=st.sampled_from([False] * 9 + [True]),
+        score_from=st.sampled_from([None, None, 1, 5]),
+        branches=st.sampled_from([None, None, None, (1,), (3, 1), (7, 7, 2, 1)]),
     )
     def add(
         self,
@@ -139,11 +142,33 @@ class SimulatedPipeline(RuleBasedStateMachine):
         request_key: int | None = None,
         lives_s: float | None = None,
         run_alone: bool = False,
+        score_from: int | None = None,
+        branches: tuple[int, ...] | None = None,
     ) -> None:
         sequence_id = self.num_sequences
         self.num_sequences += 1
         prompt = [1000 * (prefix if at < differs_from else 10 + sequence_id) + at for at in range(num_prompt)]
+        if score_from is not None and score_from >= num_prompt:
+            score_from = None
+        wanted = [] if score_from is None else prompt[score_from:]
+        scoring: dict[str, object] = {"score_from": score_from}
+        if branches is not None:  # lengths of the continuations of one context
+            continuations = [
+                [*range(start := 7 * 10**6 + 1000 * sequence_id + 100 * i, start + length - 1),
+                 next_token(sequence_id, num_prompt + length - 1)]
+                for i, length in enumerate(branches)
+            ]  # fmt: skip
+            wanted = [token for one in continuations for token in one]
+            scoring = {
+                "score_from": num_prompt,
+                "forced_token_id": continuations[0][-1],
+                "branch_start": num_prompt,
+                "next_branches": tuple(map(tuple, continuations[1:])),
+            }
+            prompt += continuations[0][:-1]
+            num_prompt, num_resumed, max_tokens = len(prompt), 0, 1
         sequence = Sequence(
+            **scoring,
             sequence_id=sequence_id,
             prompt_token_ids=tuple(prompt),
             output_token_ids=[next_token(sequence_id, num_prompt + i) for i in range(num_resumed)],
@@ -171,6 +196,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
             assert num_slots <= self.num_blocks * self.block_size
             assert len(waiting) < MAX_WAITING
             self.live[sequence_id] = self.sequences[sequence_id] = sequence
+            self.wanted[sequence_id] = deque(wanted)
             self.waiting_ids.add(sequence_id)
 
     @precondition(lambda self: self.live)
@@ -222,6 +248,10 @@ class SimulatedPipeline(RuleBasedStateMachine):
             assert len(row.block_table) == -(-row.context_len // self.block_size)
             assert row.wants_output == (row.context_len == len(everything))
             assert row.output_position == len(sequence.output_token_ids)
+            known = [*everything, sequence.forced_token_id]
+            first = row.start + row.scored_from + 1
+            assert list(row.target_ids) == known[first : first + len(row.target_ids)]
+            assert row.scored_from + len(row.target_ids) <= row.num_tokens
             in_flight = [r for s in self.flying for r in s.rows if r.sequence is sequence]
             assert not any(r.wants_output for r in in_flight), "its next token is not known yet"
             came_so_far = in_flight[-1].context_len if in_flight else 0
@@ -285,13 +315,25 @@ class SimulatedPipeline(RuleBasedStateMachine):
         step = self.flying.popleft()
         self.last_stage.execute(step)
         rows = [row for row in step.rows if row.wants_output and row.sequence.sequence_id in self.live]
+        for row in step.rows:
+            if row.sequence.sequence_id in self.live:
+                due = self.wanted[row.sequence.sequence_id]
+                assert row.target_ids == tuple(due.popleft() for _ in row.target_ids), "scored twice, or left out"
         tokens = {row.sequence.sequence_id: next_token(row.sequence.sequence_id, row.context_len) for row in rows}
+        for row in rows:
+            assert row.sequence.forced_token_id in (None, tokens[row.sequence.sequence_id])
+        branching = {row.sequence.sequence_id for row in rows if row.sequence.next_branches}
         timing = StepTiming(slowest_stage_s=seconds, overhead_s=(step.step_id % 7) / 10)
         self.scheduler.complete(step.step_id, tokens, timing=timing)
         for row in rows:
             sequence = row.sequence
+            if sequence.sequence_id in branching:
+                assert not sequence.finished
+                assert sequence.num_scheduled_tokens == sequence.branch_start - 1
+                continue
             assert sequence.num_tokens == row.context_len + 1
-            if sequence.num_tokens == sequence.max_total_tokens:
+            assert not self.wanted[sequence.sequence_id], "some tokens were not scored"
+            if sequence.num_tokens == sequence.max_total_tokens or sequence.forced_token_id is not None:
                 assert sequence.finished
                 self.end(sequence.sequence_id)
             elif stops == 0:  # a stop token

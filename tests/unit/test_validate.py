@@ -12,7 +12,7 @@ from gateway.api.raw import RawRequest, RawResume, TokenPrompt
 from gateway.api.validate import check_served, validate
 from gateway.sampling import make_sampling
 from gateway.types import ModelInfo, to_float32
-from stageline.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError
+from stageline.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
 PROMPT = (1, 2, 3)
 
@@ -160,12 +160,28 @@ def test_served_or_refused():
     check_served(RawRequest(prompt=TokenPrompt((1,)), model=None), model())
     with pytest.raises(NotFoundError):
         check_served(RawRequest(prompt=TokenPrompt((1,)), model="M"), model())
-    for fields in ({"num_prompt_logprobs": 0},):
-        with pytest.raises(UnimplementedError) as caught:
-            check_served(RawRequest(prompt=TokenPrompt((1,)), **fields), model())
-        assert caught.value.metadata["field"] == next(iter(fields))
     with pytest.raises(InvalidArgumentError, match="is required"):
         check_served(RawRequest(prompt=None), model())
+
+
+def test_nothing_to_generate_where_the_prompt_is_asked_about():
+    assert accept(max_tokens=0, num_prompt_logprobs=3).num_prompt_logprobs == 3
+    assert accept(max_tokens=0, echo=True).sampling.max_tokens == 0
+    assert len(accept((1,) * 100, max_tokens=0, num_prompt_logprobs=0).prompt_token_ids) == 100
+    for prompt, fields in (((1,) * 101, {"max_tokens": 0, "echo": True}), ((1,) * 100, {"num_prompt_logprobs": 0})):
+        with pytest.raises(InvalidArgumentError, match="100"):
+            accept(prompt, **fields)
+    for number in (-1, 21):
+        with pytest.raises(InvalidArgumentError) as caught:
+            accept(num_prompt_logprobs=number)
+        assert caught.value.reason == "NUM_PROMPT_LOGPROBS_OUT_OF_RANGE"
+
+
+def test_a_resume_cannot_score_the_prompt_again():
+    with pytest.raises(InvalidArgumentError) as caught:
+        accept(resume=resume(), num_prompt_logprobs=1)
+    assert caught.value.reason == "RESUME_WITH_PROMPT_LOGPROBS"
+    assert accept(resume=resume(token_ids=[]), num_prompt_logprobs=1).num_prompt_logprobs == 1
 
 
 def resume(**fields) -> RawResume:

@@ -130,13 +130,14 @@ def choice_delta(delta: ChoiceDelta, tokenizer: Tokenizer) -> gen.ChoiceDelta:
         index=delta.index,
         text=delta.text,
         token_ids=delta.token_ids,
-        logprobs=[_token_logprobs(entry, tokenizer) for entry in delta.logprobs],
+        logprobs=[token_logprobs(entry, tokenizer) for entry in delta.logprobs],
         finish_reason=_FINISH[delta.finish_reason],
         matched_stop=delta.matched_stop,
         tool_calls=[
             gen.ToolCallDelta(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
             for call in delta.tool_calls
         ],
+        prompt_logprobs=[token_logprobs(entry, tokenizer) for entry in delta.prompt_logprobs or ()],
     )
 
 
@@ -177,11 +178,15 @@ def replica(status: ReplicaStatus) -> pb.StageReplicaStatus:
     )
 
 
-def _token_logprobs(entry: TokenLogprobs, tokenizer: Tokenizer) -> gen.TokenLogprobs:
+def token_logprobs(entry: TokenLogprobs, tokenizer: Tokenizer) -> gen.TokenLogprobs:
+    """One token, with the bytes of it and of its alternatives."""
+
     def one(token_id: int, logprob: float) -> gen.TokenLogprob:
         return gen.TokenLogprob(token_id=token_id, logprob=logprob, token=tokenizer.token_bytes(token_id))
 
-    return gen.TokenLogprobs(chosen=one(entry.token_id, entry.logprob), top=[one(*pair) for pair in entry.top])
+    return gen.TokenLogprobs(
+        chosen=one(entry.token_id, entry.logprob), top=[one(*pair) for pair in entry.top], rank=entry.rank
+    )
 
 
 def _optional(message: Any, field: str) -> Any:

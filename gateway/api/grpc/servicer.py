@@ -9,12 +9,13 @@ from typing import Any
 
 from gateway.access import visit as visits
 from gateway.api.checks import fail
-from gateway.api.grpc import convert
+from gateway.api.grpc import convert, score
 from gateway.api.service import Frontend
 from gateway.api.validate import end_token_ids
 from stageline.errors import InvalidArgumentError
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
+from stageline.inference.v1 import scoring_pb2
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
@@ -51,6 +52,12 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 cached_tokens = min(cached_tokens, delta.cached_prompt_tokens)
                 yield pb.StreamGenerateResponse(choices=[convert.choice_delta(delta, frontend.tokenizer)])
         yield pb.StreamGenerateResponse(usage=convert.usage(accepted, completion_tokens, cached_tokens))
+
+    async def Score(self, request: scoring_pb2.ScoreRequest, context: Any) -> scoring_pb2.ScoreResponse:
+        """Log-probabilities of continuations."""
+        frontend = self._frontend
+        scored = await frontend.score(score.raw_score(request, _deadline_s(context)))
+        return score.score_response(scored, request.num_logprobs, frontend.model, frontend.tokenizer)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids of text or of a rendered conversation."""

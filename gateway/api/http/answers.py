@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from gateway.api.collect import Answer
@@ -25,6 +25,8 @@ class AnswerWriter:
         self._prompt_tokens = sum(len(one.request.prompt_token_ids) for one in accepted)
         self._completion_tokens = 0
         self._num_choices = accepted[0].request.num_choices
+        self._num_returned = accepted[0].num_returned
+        self._prompts = [one.request.prompt_token_ids for one in accepted]
         # Of each prompt, the tokens that no choice had to compute.
         self._cached_tokens = [len(one.request.prompt_token_ids) for one in accepted]
 
@@ -135,9 +137,18 @@ class CompletionWriter(AnswerWriter):
 
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        echo: bool = False,
+        num_logprobs: int | None = None,
+        num_prompt_logprobs: int | None = None,
+    ) -> None:
+        """What the body asked for, beside AnswerWriter's."""
         super().__init__(*args)
-        self._offsets: dict[int, Callable[[int], int]] = {}
+        self._echoes_logprobs = echo and num_logprobs is not None
+        self._num_logprobs, self._num_prompt_logprobs = num_logprobs or 0, num_prompt_logprobs
+        self._offsets: dict[int, _Offsets] = {}
 
     def _chunk_choice(self, delta: ChoiceDelta, index: int) -> dict[str, Any] | None:
         if not delta.text and not delta.logprobs and delta.finish_reason is None:
@@ -145,25 +156,57 @@ class CompletionWriter(AnswerWriter):
         return self._whole_choice(delta, index)
 
     def _whole_choice(self, choice: ChoiceDelta, index: int) -> dict[str, Any]:
-        return {
+        answer: dict[str, Any] = {
             "index": index,
             "text": choice.text,
-            "logprobs": self._logprobs(choice.logprobs, index) if choice.logprobs else None,
+            "logprobs": self._logprobs(choice, index),
             "finish_reason": _finish(choice),
         }
+        if self._num_prompt_logprobs is not None:
+            answer["prompt_logprobs"] = self._prompt_logprobs(choice.prompt_logprobs or (), self._num_prompt_logprobs)
+        return answer
 
-    def _logprobs(self, entries: Sequence[TokenLogprobs], index: int) -> dict[str, Any]:
-        offset = self._offsets.setdefault(index, _offset_counter(self._tokenizer, self._skip_special_tokens))
-        tops = []
+    def _logprobs(self, choice: ChoiceDelta, index: int) -> dict[str, Any] | None:
+        """Of an echoed prompt's tokens first: of the first of them there is none, since nothing comes before it."""
+        offsets = self._offsets.setdefault(index, _Offsets(self._tokenizer, self._skip_special_tokens))
+        prompt: Sequence[int] = ()
+        entries = [*choice.logprobs]
+        logprobs: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
+        if self._echoes_logprobs and choice.prompt_logprobs is not None:
+            prompt = self._prompts[index // self._num_returned]
+            entries = [*choice.prompt_logprobs, *entries]
+            logprobs, tops = [None], [None]
+        if not entries and not prompt:
+            return None
         for entry in entries:
-            top = {self._text(token_id): logprob for token_id, logprob in entry.top}
-            tops.append({**top, self._text(entry.token_id): entry.logprob} if entry.top else {})
+            logprobs.append(entry.logprob)
+            tops.append(self._top(entry))
+        generated = [entry.token_id for entry in choice.logprobs]
         return {
-            "tokens": [self._text(entry.token_id) for entry in entries],
-            "token_logprobs": [entry.logprob for entry in entries],
+            "tokens": [self._text(token_id) for token_id in (*prompt, *generated)],
+            "token_logprobs": logprobs,
             "top_logprobs": tops,
-            "text_offset": [offset(entry.token_id) for entry in entries],
+            "text_offset": [*offsets.of_prompt(prompt), *map(offsets.of_next, generated)],
         }
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        if not self._num_logprobs:
+            return {}
+        top = {self._text(token_id): logprob for token_id, logprob in entry.top[: self._num_logprobs]}
+        return {**top, self._text(entry.token_id): entry.logprob}
+
+    def _prompt_logprobs(self, entries: Sequence[TokenLogprobs], number: int) -> list[dict[str, Any] | None]:
+        """vLLM's form: by token id, the alternatives and the token itself; null for the first token."""
+
+        def one(token_id: int, logprob: float, rank: int) -> tuple[str, dict[str, Any]]:
+            return str(token_id), {"logprob": logprob, "rank": rank, "decoded_token": self._text(token_id)}
+
+        listed: list[dict[str, Any] | None] = [None]
+        for entry in entries:
+            tops = (one(*pair, place) for place, pair in enumerate(entry.top[:number], 1))
+            listed.append(dict([one(entry.token_id, entry.logprob, entry.rank), *tops]))
+        return listed
 
     def _text(self, token_id: int) -> str:
         """The token as text, or OpenAI's spelling of bytes that are not UTF-8 (the keys of a dict must differ)."""
@@ -174,17 +217,28 @@ class CompletionWriter(AnswerWriter):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _offset_counter(tokenizer: Tokenizer, skip_special_tokens: bool) -> Callable[[int], int]:
-    """A function from each next token to the place of its first character in the choice's text."""
-    detokenizer, length = Detokenizer(tokenizer, skip_special_tokens), 0
+class _Offsets:
+    """The place of each token's first character in the choice's text."""
 
-    def place(token_id: int) -> int:
-        nonlocal length
-        before = length
-        length += len(detokenizer.append(token_id))
-        return before
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._length = tokenizer, 0
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
 
-    return place
+    def of_prompt(self, token_ids: Sequence[int]) -> list[int]:
+        """For the tokens of an echoed prompt, whose text shows special tokens, too."""
+        detokenizer, places, length = Detokenizer(self._tokenizer, skip_special_tokens=False), [], self._length
+        for token_id in token_ids:
+            places.append(length)
+            length += len(detokenizer.append(token_id))
+        if token_ids:
+            self._length += len(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        return places
+
+    def of_next(self, token_id: int) -> int:
+        """For the next generated token."""
+        place = self._length
+        self._length += len(self._detokenizer.append(token_id))
+        return place
 
 
 def _finish(delta: ChoiceDelta) -> str | None:

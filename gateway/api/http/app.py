@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -95,7 +96,13 @@ def _generation(frontend_getter: Callable[[], Frontend], write_timeout_s: float)
     @router.post("/v1/completions", **documents.generation(documents.Completion, documents.CompletionChunk))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one prompt or several."""
-        return await _answer(frontend_getter(), body, request, CompletionWriter, "cmpl", write_timeout_s)
+        writer = partial(
+            CompletionWriter,
+            echo=bool(body.echo),
+            num_logprobs=body.logprobs,
+            num_prompt_logprobs=body.prompt_logprobs,
+        )
+        return await _answer(frontend_getter(), body, request, writer, "cmpl", write_timeout_s)
 
     @router.post("/v1/chat/completions", **documents.generation(documents.ChatCompletion, documents.ChatChunk))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -115,7 +122,7 @@ async def _answer(
     frontend: Frontend,
     body: CompletionBody | ChatBody,
     request: Request,
-    writer_class: type[AnswerWriter],
+    make_writer: Callable[..., AnswerWriter],
     prefix: str,
     write_timeout_s: float,
 ) -> Response:
@@ -123,7 +130,7 @@ async def _answer(
     response_id = f"{prefix}-{request_id.current.get()}"
     raws = body.raw_requests(request_id.current.get(), _deadline_s(request))
     accepted = [await frontend.accept(raw) for raw in raws]
-    writer = writer_class(response_id, accepted, frontend.model, frontend.tokenizer)
+    writer = make_writer(response_id, accepted, frontend.model, frontend.tokenizer)
     if body.stream:
         objects = _chunks(frontend, accepted, writer, *body.usage_chunks())
     else:

@@ -18,10 +18,15 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    no_ops: ClassVar[NoOps] = {**NO_OPS, "suffix": ("",)}
+    no_ops: ClassVar[NoOps] = {
+        **{name: values for name, values in NO_OPS.items() if name != "prompt_logprobs"},
+        "suffix": ("",),
+    }
     prompt: Annotated[str | list[int] | list[str] | list[list[int]], says(minLength=1, minItems=1)]
     logprobs: Annotated[int | None, says(minimum=0, maximum=MAX_LOGPROBS)] = None
     echo: bool | None = None
+    max_tokens: Annotated[int | None, says(minimum=0)] = None  # 0 with echo or prompt_logprobs
+    prompt_logprobs: Annotated[int | None, says(minimum=0, maximum=MAX_LOGPROBS)] = None
     best_of: Annotated[int | None, says(minimum=1, maximum=MAX_CHOICES)] = None
 
     def check(self) -> None:
@@ -32,6 +37,16 @@ class CompletionBody(GenerationBody):
                 "BEST_OF_STREAMED", "best_of over n cannot be streamed: which choices are best is known at the end",
                 field="best_of",
             )  # fmt: skip
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidArgumentError(
+                "PROMPT_LOGPROBS_STREAMED", "prompt_logprobs cannot be streamed; use echo with logprobs",
+                field="prompt_logprobs",
+            )  # fmt: skip
+
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives to compute for each token of the prompt: what vLLM's parameter asks for, and OpenAI's echo."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in asked if number is not None), default=None)
 
     def raw_requests(self, request_id: str, deadline_s: float | None) -> list[RawRequest]:
         """One for each prompt. The one at place i uses `seed` + i, so that equal prompts get answers of their own.
@@ -54,9 +69,14 @@ class CompletionBody(GenerationBody):
                 max_tokens=self.max_tokens,
                 default_max_tokens=COMPLETION_MAX_TOKENS,
                 num_logprobs=self.logprobs,
+                num_prompt_logprobs=self.num_prompt_logprobs(),
                 best_of=self.best_of,
                 echo=bool(self.echo),
-                names={**NAMES, "num_logprobs": "logprobs"},
+                names={
+                    **NAMES,
+                    "num_logprobs": "logprobs",
+                    "num_prompt_logprobs": "logprobs" if self.prompt_logprobs is None else "prompt_logprobs",
+                },
             )
             for place, prompt in enumerate(prompts)
         ]

@@ -147,13 +147,22 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
+class PromptLogprob(BaseModel):
+    """One token that could stand in the prompt; `rank` is 1 for the most probable."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class CompletionChoice(BaseModel):
-    """One continuation."""
+    """One continuation. `prompt_logprobs` where asked: for each token of the prompt, by token id; null for the first."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class _Envelope(BaseModel):

@@ -86,6 +86,10 @@ class Progress:
         for index in sorted(self._unfinished):
             request = self._copy()
             request.ClearField("num_choices")  # a resume continues exactly one
+            if self._token_ids[index] and request.HasField(
+                "output"
+            ):  # the first delta, with the prompt's scores, is here
+                request.output.ClearField("num_prompt_logprobs")
             request.request_id = self.start.request_id
             request.resume.CopyFrom(
                 pb.Resume(

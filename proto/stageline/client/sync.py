@@ -20,6 +20,7 @@ from stageline.client.progress import Progress, is_ranked
 from stageline.errors import StagelineError
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
+from stageline.inference.v1 import scoring_pb2 as scoring
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 Answer = TypeVar("Answer")
@@ -100,6 +101,10 @@ class Client:
         for message in self.stream_generate(generation, timeout_s=timeout_s):
             collector.take(message)
         return collector.answer()
+
+    def score(self, request: scoring.ScoreRequest, *, timeout_s: float | None = None) -> scoring.ScoreResponse:
+        """Log-probabilities of continuations of one context; begun again where the gateway dies."""
+        return self._unary(lambda stub: stub.Score, request, timeout_s, request.request_id)
 
     def tokenize(
         self, request: pb.TokenizeRequest, *, timeout_s: float | None = None, request_id: str = ""

@@ -609,7 +609,9 @@ class StopConditions(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_STRING_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Tokens to generate at most; at least 1. Default: what is left of the context."""
+    """Tokens to generate at most; at least 1, or 0 where the prompt's log-probabilities or its echo are asked for. Default:
+    what is left of the context.
+    """
     min_tokens: _builtins.int
     """Tokens before an end token or a stop id can be chosen. Default 0."""
     ignore_eos: _builtins.bool
@@ -672,11 +674,13 @@ class OutputOptions(_message.Message):
     are the model's own: before mask, bias, penalties and temperature.
     """
     num_prompt_logprobs: _builtins.int
-    """Log-probabilities of the prompt. Not served yet."""
+    """Return log-probabilities of the prompt's tokens: of each token but the first, and of this many alternatives, at most
+    20. Unset returns none. The prompt is then computed whole, whatever the prefix cache holds.
+    """
     skip_special_tokens: _builtins.bool
     """Leave special tokens out of the text. Default true."""
     echo_prompt: _builtins.bool
-    """Put the prompt's text before every answer's. Not served together with log-probabilities yet. Default false."""
+    """Put the prompt's text before every answer's. Default false."""
     def __init__(
         self,
         *,
@@ -801,6 +805,7 @@ class ChoiceDelta(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     MATCHED_STOP_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which choice, from 0."""
     text: _builtins.str
@@ -823,6 +828,12 @@ class ChoiceDelta(_message.Message):
         call is whole.
         """
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """Where asked, in the first delta of every choice: one entry for each token of the prompt but the first, which nothing
+        comes before.
+        """
+
     def __init__(
         self,
         *,
@@ -833,10 +844,11 @@ class ChoiceDelta(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         matched_stop: _builtins.str = ...,
         tool_calls: _abc.Iterable[Global___ToolCallDelta] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "prompt_logprobs", b"prompt_logprobs", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -850,23 +862,27 @@ class TokenLogprobs(_message.Message):
 
     CHOSEN_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Of a token of a prompt or a continuation: 1 + the number of tokens that are more probable. 0 for generated tokens."""
     @_builtins.property
     def chosen(self) -> Global___TokenLogprob:
-        """The chosen token."""
+        """The chosen token; of a prompt or a continuation, the one that is there."""
 
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """The most probable tokens, descending."""
+        """The most probable tokens, descending, equal ones by ascending id."""
 
     def __init__(
         self,
         *,
         chosen: Global___TokenLogprob | None = ...,
         top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "rank", b"rank", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from stageline.inference.v1 import generation_pb2 as stageline_dot_inference_dot_v1_dot_generation__pb2
+from stageline.inference.v1 import scoring_pb2 as stageline_dot_inference_dot_v1_dot_scoring__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.stageline/inference/v1/inference_service.proto\x12\x16stageline.inference.v1\x1a\'stageline/inference/v1/generation.proto\"I\n\x0fGenerateRequest\x12\x36\n\ngeneration\x18\x01 \x01(\x0b\x32\".stageline.inference.v1.Generation\"\xae\x01\n\x10GenerateResponse\x12\x36\n\x05start\x18\x01 \x01(\x0b\x32\'.stageline.inference.v1.GenerationStart\x12\x34\n\x07\x63hoices\x18\x02 \x03(\x0b\x32#.stageline.inference.v1.ChoiceDelta\x12,\n\x05usage\x18\x03 \x01(\x0b\x32\x1d.stageline.inference.v1.Usage\"O\n\x15StreamGenerateRequest\x12\x36\n\ngeneration\x18\x01 \x01(\x0b\x32\".stageline.inference.v1.Generation\"\xb4\x01\n\x16StreamGenerateResponse\x12\x36\n\x05start\x18\x01 \x01(\x0b\x32\'.stageline.inference.v1.GenerationStart\x12\x34\n\x07\x63hoices\x18\x02 \x03(\x0b\x32#.stageline.inference.v1.ChoiceDelta\x12,\n\x05usage\x18\x03 \x01(\x0b\x32\x1d.stageline.inference.v1.Usage\"\xa1\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12<\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32$.stageline.inference.v1.ConversationH\x00\x12\x1f\n\x12return_token_bytes\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_return_token_bytes\"L\n\x10TokenizeResponse\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x03 \x03(\x0c\"d\n\x11\x44\x65tokenizeRequest\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xc9\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x39\n\tpipelines\x18\x06 \x03(\x0b\x32&.stageline.inference.v1.PipelineStatus\x12:\n\x06spares\x18\x07 \x03(\x0b\x32*.stageline.inference.v1.StageReplicaStatus\x12\x19\n\reos_token_ids\x18\x08 \x03(\rB\x02\x10\x01\x12\x15\n\rchat_template\x18\t \x01(\t\x12S\n\x0especial_tokens\x18\n \x03(\x0b\x32;.stageline.inference.v1.GetModelResponse.SpecialTokensEntry\x12\x13\n\x0btakes_tools\x18\x0b \x01(\x08\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xda\x01\n\x0ePipelineStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x33\n\x06stages\x18\x04 \x03(\x0b\x32#.stageline.inference.v1.StageStatus\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x06 \x01(\r\x12\x1d\n\x15num_running_sequences\x18\x07 \x01(\r\x12\x1d\n\x15num_waiting_sequences\x18\x08 \x01(\r\"j\n\x0bStageStatus\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\t\x12<\n\x08replicas\x18\x03 \x03(\x0b\x32*.stageline.inference.v1.StageReplicaStatus\"_\n\x12StageReplicaStatus\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06layers\x18\x05 \x01(\t2\x87\x04\n\x10InferenceService\x12]\n\x08Generate\x12\'.stageline.inference.v1.GenerateRequest\x1a(.stageline.inference.v1.GenerateResponse\x12q\n\x0eStreamGenerate\x12-.stageline.inference.v1.StreamGenerateRequest\x1a..stageline.inference.v1.StreamGenerateResponse0\x01\x12]\n\x08Tokenize\x12\'.stageline.inference.v1.TokenizeRequest\x1a(.stageline.inference.v1.TokenizeResponse\x12\x63\n\nDetokenize\x12).stageline.inference.v1.DetokenizeRequest\x1a*.stageline.inference.v1.DetokenizeResponse\x12]\n\x08GetModel\x12\'.stageline.inference.v1.GetModelRequest\x1a(.stageline.inference.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.stageline/inference/v1/inference_service.proto\x12\x16stageline.inference.v1\x1a\'stageline/inference/v1/generation.proto\x1a$stageline/inference/v1/scoring.proto\"I\n\x0fGenerateRequest\x12\x36\n\ngeneration\x18\x01 \x01(\x0b\x32\".stageline.inference.v1.Generation\"\xae\x01\n\x10GenerateResponse\x12\x36\n\x05start\x18\x01 \x01(\x0b\x32\'.stageline.inference.v1.GenerationStart\x12\x34\n\x07\x63hoices\x18\x02 \x03(\x0b\x32#.stageline.inference.v1.ChoiceDelta\x12,\n\x05usage\x18\x03 \x01(\x0b\x32\x1d.stageline.inference.v1.Usage\"O\n\x15StreamGenerateRequest\x12\x36\n\ngeneration\x18\x01 \x01(\x0b\x32\".stageline.inference.v1.Generation\"\xb4\x01\n\x16StreamGenerateResponse\x12\x36\n\x05start\x18\x01 \x01(\x0b\x32\'.stageline.inference.v1.GenerationStart\x12\x34\n\x07\x63hoices\x18\x02 \x03(\x0b\x32#.stageline.inference.v1.ChoiceDelta\x12,\n\x05usage\x18\x03 \x01(\x0b\x32\x1d.stageline.inference.v1.Usage\"\xa1\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12<\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32$.stageline.inference.v1.ConversationH\x00\x12\x1f\n\x12return_token_bytes\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_return_token_bytes\"L\n\x10TokenizeResponse\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x03 \x03(\x0c\"d\n\x11\x44\x65tokenizeRequest\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xc9\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x39\n\tpipelines\x18\x06 \x03(\x0b\x32&.stageline.inference.v1.PipelineStatus\x12:\n\x06spares\x18\x07 \x03(\x0b\x32*.stageline.inference.v1.StageReplicaStatus\x12\x19\n\reos_token_ids\x18\x08 \x03(\rB\x02\x10\x01\x12\x15\n\rchat_template\x18\t \x01(\t\x12S\n\x0especial_tokens\x18\n \x03(\x0b\x32;.stageline.inference.v1.GetModelResponse.SpecialTokensEntry\x12\x13\n\x0btakes_tools\x18\x0b \x01(\x08\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xda\x01\n\x0ePipelineStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x33\n\x06stages\x18\x04 \x03(\x0b\x32#.stageline.inference.v1.StageStatus\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x06 \x01(\r\x12\x1d\n\x15num_running_sequences\x18\x07 \x01(\r\x12\x1d\n\x15num_waiting_sequences\x18\x08 \x01(\r\"j\n\x0bStageStatus\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\t\x12<\n\x08replicas\x18\x03 \x03(\x0b\x32*.stageline.inference.v1.StageReplicaStatus\"_\n\x12StageReplicaStatus\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06layers\x18\x05 \x01(\t2\xdd\x04\n\x10InferenceService\x12]\n\x08Generate\x12\'.stageline.inference.v1.GenerateRequest\x1a(.stageline.inference.v1.GenerateResponse\x12q\n\x0eStreamGenerate\x12-.stageline.inference.v1.StreamGenerateRequest\x1a..stageline.inference.v1.StreamGenerateResponse0\x01\x12T\n\x05Score\x12$.stageline.inference.v1.ScoreRequest\x1a%.stageline.inference.v1.ScoreResponse\x12]\n\x08Tokenize\x12\'.stageline.inference.v1.TokenizeRequest\x1a(.stageline.inference.v1.TokenizeResponse\x12\x63\n\nDetokenize\x12).stageline.inference.v1.DetokenizeRequest\x1a*.stageline.inference.v1.DetokenizeResponse\x12]\n\x08GetModel\x12\'.stageline.inference.v1.GetModelRequest\x1a(.stageline.inference.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,34 +41,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELRESPONSE_SPECIALTOKENSENTRY']._serialized_options = b'8\001'
   _globals['_GETMODELRESPONSE'].fields_by_name['eos_token_ids']._loaded_options = None
   _globals['_GETMODELRESPONSE'].fields_by_name['eos_token_ids']._serialized_options = b'\020\001'
-  _globals['_GENERATEREQUEST']._serialized_start=115
-  _globals['_GENERATEREQUEST']._serialized_end=188
-  _globals['_GENERATERESPONSE']._serialized_start=191
-  _globals['_GENERATERESPONSE']._serialized_end=365
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=367
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=446
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=449
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=629
-  _globals['_TOKENIZEREQUEST']._serialized_start=632
-  _globals['_TOKENIZEREQUEST']._serialized_end=793
-  _globals['_TOKENIZERESPONSE']._serialized_start=795
-  _globals['_TOKENIZERESPONSE']._serialized_end=871
-  _globals['_DETOKENIZEREQUEST']._serialized_start=873
-  _globals['_DETOKENIZEREQUEST']._serialized_end=973
-  _globals['_DETOKENIZERESPONSE']._serialized_start=975
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1009
-  _globals['_GETMODELREQUEST']._serialized_start=1011
-  _globals['_GETMODELREQUEST']._serialized_end=1028
-  _globals['_GETMODELRESPONSE']._serialized_start=1031
-  _globals['_GETMODELRESPONSE']._serialized_end=1488
-  _globals['_GETMODELRESPONSE_SPECIALTOKENSENTRY']._serialized_start=1436
-  _globals['_GETMODELRESPONSE_SPECIALTOKENSENTRY']._serialized_end=1488
-  _globals['_PIPELINESTATUS']._serialized_start=1491
-  _globals['_PIPELINESTATUS']._serialized_end=1709
-  _globals['_STAGESTATUS']._serialized_start=1711
-  _globals['_STAGESTATUS']._serialized_end=1817
-  _globals['_STAGEREPLICASTATUS']._serialized_start=1819
-  _globals['_STAGEREPLICASTATUS']._serialized_end=1914
-  _globals['_INFERENCESERVICE']._serialized_start=1917
-  _globals['_INFERENCESERVICE']._serialized_end=2436
+  _globals['_GENERATEREQUEST']._serialized_start=153
+  _globals['_GENERATEREQUEST']._serialized_end=226
+  _globals['_GENERATERESPONSE']._serialized_start=229
+  _globals['_GENERATERESPONSE']._serialized_end=403
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=405
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=484
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=487
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=667
+  _globals['_TOKENIZEREQUEST']._serialized_start=670
+  _globals['_TOKENIZEREQUEST']._serialized_end=831
+  _globals['_TOKENIZERESPONSE']._serialized_start=833
+  _globals['_TOKENIZERESPONSE']._serialized_end=909
+  _globals['_DETOKENIZEREQUEST']._serialized_start=911
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1011
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1013
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1047
+  _globals['_GETMODELREQUEST']._serialized_start=1049
+  _globals['_GETMODELREQUEST']._serialized_end=1066
+  _globals['_GETMODELRESPONSE']._serialized_start=1069
+  _globals['_GETMODELRESPONSE']._serialized_end=1526
+  _globals['_GETMODELRESPONSE_SPECIALTOKENSENTRY']._serialized_start=1474
+  _globals['_GETMODELRESPONSE_SPECIALTOKENSENTRY']._serialized_end=1526
+  _globals['_PIPELINESTATUS']._serialized_start=1529
+  _globals['_PIPELINESTATUS']._serialized_end=1747
+  _globals['_STAGESTATUS']._serialized_start=1749
+  _globals['_STAGESTATUS']._serialized_end=1855
+  _globals['_STAGEREPLICASTATUS']._serialized_start=1857
+  _globals['_STAGEREPLICASTATUS']._serialized_end=1952
+  _globals['_INFERENCESERVICE']._serialized_start=1955
+  _globals['_INFERENCESERVICE']._serialized_end=2560
 # @@protoc_insertion_point(module_scope)

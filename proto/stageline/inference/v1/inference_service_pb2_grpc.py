@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from stageline.inference.v1 import inference_service_pb2 as stageline_dot_inference_dot_v1_dot_inference__service__pb2
+from stageline.inference.v1 import scoring_pb2 as stageline_dot_inference_dot_v1_dot_scoring__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -26,7 +27,7 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """InferenceService generates text with one model.
+    """InferenceService generates and scores text with one model.
     """
 
     def __init__(self, channel):
@@ -44,6 +45,11 @@ class InferenceServiceStub:
                 '/stageline.inference.v1.InferenceService/StreamGenerate',
                 request_serializer=stageline_dot_inference_dot_v1_dot_inference__service__pb2.StreamGenerateRequest.SerializeToString,
                 response_deserializer=stageline_dot_inference_dot_v1_dot_inference__service__pb2.StreamGenerateResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/stageline.inference.v1.InferenceService/Score',
+                request_serializer=stageline_dot_inference_dot_v1_dot_scoring__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=stageline_dot_inference_dot_v1_dot_scoring__pb2.ScoreResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/stageline.inference.v1.InferenceService/Tokenize',
@@ -63,7 +69,7 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """InferenceService generates text with one model.
+    """InferenceService generates and scores text with one model.
     """
 
     def Generate(self, request, context):
@@ -75,6 +81,13 @@ class InferenceServiceServicer:
 
     def StreamGenerate(self, request, context):
         """StreamGenerate answers token by token: one `start`, then deltas, then one `usage`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Score says how probable given continuations of one context are. The context is computed once for all of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +127,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=stageline_dot_inference_dot_v1_dot_inference__service__pb2.StreamGenerateRequest.FromString,
                     response_serializer=stageline_dot_inference_dot_v1_dot_inference__service__pb2.StreamGenerateResponse.SerializeToString,
             ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=stageline_dot_inference_dot_v1_dot_scoring__pb2.ScoreRequest.FromString,
+                    response_serializer=stageline_dot_inference_dot_v1_dot_scoring__pb2.ScoreResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=stageline_dot_inference_dot_v1_dot_inference__service__pb2.TokenizeRequest.FromString,
@@ -138,7 +156,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """InferenceService generates text with one model.
+    """InferenceService generates and scores text with one model.
     """
 
     @staticmethod
@@ -185,6 +203,33 @@ class InferenceService:
             '/stageline.inference.v1.InferenceService/StreamGenerate',
             stageline_dot_inference_dot_v1_dot_inference__service__pb2.StreamGenerateRequest.SerializeToString,
             stageline_dot_inference_dot_v1_dot_inference__service__pb2.StreamGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stageline.inference.v1.InferenceService/Score',
+            stageline_dot_inference_dot_v1_dot_scoring__pb2.ScoreRequest.SerializeToString,
+            stageline_dot_inference_dot_v1_dot_scoring__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

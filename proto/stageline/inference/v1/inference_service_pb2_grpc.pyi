@@ -11,6 +11,7 @@ a retry can succeed. Every call's initial metadata carries `x-request-id`: the o
 from collections import abc as _abc
 from grpc import aio as _aio
 from stageline.inference.v1 import inference_service_pb2 as _inference_service_pb2
+from stageline.inference.v1 import scoring_pb2 as _scoring_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -32,7 +33,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """InferenceService generates text with one model."""
+    """InferenceService generates and scores text with one model."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -42,6 +43,8 @@ class InferenceServiceStub:
     """Generate answers once, with everything."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.StreamGenerateRequest, _inference_service_pb2.StreamGenerateResponse]
     """StreamGenerate answers token by token: one `start`, then deltas, then one `usage`."""
+    Score: _grpc.UnaryUnaryMultiCallable[_scoring_pb2.ScoreRequest, _scoring_pb2.ScoreResponse]
+    """Score says how probable given continuations of one context are. The context is computed once for all of them."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]
     """Tokenize turns text or a conversation into the token ids that Generate would use."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]
@@ -51,13 +54,15 @@ class InferenceServiceStub:
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """InferenceService generates text with one model."""
+    """InferenceService generates and scores text with one model."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate answers once, with everything."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_inference_service_pb2.StreamGenerateRequest, _inference_service_pb2.StreamGenerateResponse]  # type: ignore[assignment]
     """StreamGenerate answers token by token: one `start`, then deltas, then one `usage`."""
+    Score: _aio.UnaryUnaryMultiCallable[_scoring_pb2.ScoreRequest, _scoring_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Score says how probable given continuations of one context are. The context is computed once for all of them."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize turns text or a conversation into the token ids that Generate would use."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -66,7 +71,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """GetModel describes the model and the pipelines that serve it."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """InferenceService generates text with one model."""
+    """InferenceService generates and scores text with one model."""
 
     @_abc_1.abstractmethod
     def Generate(
@@ -83,6 +88,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.StreamGenerateResponse], _abc.AsyncIterator[_inference_service_pb2.StreamGenerateResponse]]:
         """StreamGenerate answers token by token: one `start`, then deltas, then one `usage`."""
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _scoring_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scoring_pb2.ScoreResponse, _abc.Awaitable[_scoring_pb2.ScoreResponse]]:
+        """Score says how probable given continuations of one context are. The context is computed once for all of them."""
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -656,7 +656,7 @@ class Row(_message.Message):
 
     @_builtins.property
     def scoring(self) -> Global___Scoring:
-        """Set where log-probabilities of the row's own tokens are asked (scoring). Not served yet: answered by a step error."""
+        """Set where log-probabilities of known tokens are asked (scoring)."""
 
     def __init__(
         self,
@@ -802,21 +802,31 @@ Global___Registration: _TypeAlias = Registration  # noqa: Y015
 
 @_typing.final
 class Scoring(_message.Message):
-    """Scoring asks for the raw log-probability of each of the row's tokens given those before it."""
+    """Scoring asks for the raw log-probability of known tokens, each given the tokens of its sequence before it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TARGET_IDS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     num_logprobs: _builtins.int
-    """Top alternatives for each position."""
+    """Top alternatives for each target; at most 1,024."""
+    target_ids: _builtins.bytes
+    """Required. int32, little endian, [n], 1 <= n <= num_tokens - first_token: target i is the token that follows the row's
+    token first_token + i. That of the row's last token belongs to no row yet, or never will.
+    """
+    first_token: _builtins.int
+    """Tokens of the row before the first one whose next token is scored."""
     def __init__(
         self,
         *,
         num_logprobs: _builtins.int = ...,
+        target_ids: _builtins.bytes = ...,
+        first_token: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_logprobs", b"num_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "num_logprobs", b"num_logprobs", "target_ids", b"target_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -836,7 +846,7 @@ class StepResult(_message.Message):
     """The step."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowResult]:
-        """One entry for each row with `sampling`, in the order of the rows."""
+        """One entry for each row with `sampling` or `scoring`, in the order of the rows."""
 
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
@@ -914,10 +924,11 @@ class RowResult(_message.Message):
     TAIL_FIELD_NUMBER: _builtins.int
     TOP_IDS_FIELD_NUMBER: _builtins.int
     TOP_RAW_LOGITS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """The sequence."""
     non_finite: _builtins.bool
-    """The row's logits held NaN or no finite value: its request fails, the others go on."""
+    """Logits of the row held NaN or no finite value: its request fails, the others go on."""
     raw_logsumexp: _builtins.float
     """Log of the sum of exponentials of the raw logits: raw logit minus this is the model's log-probability. Set where
     log-probabilities are asked.
@@ -940,6 +951,10 @@ class RowResult(_message.Message):
     def tail(self) -> Global___Tail:
         """Set where the kept set (after top-k, top-p, min-p) reaches beyond the candidates."""
 
+    @_builtins.property
+    def scores(self) -> Global___Scores:
+        """Set for rows with `scoring`; with `scoring` alone nothing else is."""
+
     def __init__(
         self,
         *,
@@ -953,14 +968,49 @@ class RowResult(_message.Message):
         tail: Global___Tail | None = ...,
         top_ids: _builtins.bytes = ...,
         top_raw_logits: _builtins.bytes = ...,
+        scores: Global___Scores | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["tail", b"tail"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores", "tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_ids", b"candidate_ids", "candidate_logits", b"candidate_logits", "candidate_raw_logits", b"candidate_raw_logits", "non_finite", b"non_finite", "processed_logsumexp", b"processed_logsumexp", "raw_logsumexp", b"raw_logsumexp", "sequence_id", b"sequence_id", "tail", b"tail", "top_ids", b"top_ids", "top_raw_logits", b"top_raw_logits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_ids", b"candidate_ids", "candidate_logits", b"candidate_logits", "candidate_raw_logits", b"candidate_raw_logits", "non_finite", b"non_finite", "processed_logsumexp", b"processed_logsumexp", "raw_logsumexp", b"raw_logsumexp", "scores", b"scores", "sequence_id", b"sequence_id", "tail", b"tail", "top_ids", b"top_ids", "top_raw_logits", b"top_raw_logits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RowResult: _TypeAlias = RowResult  # noqa: Y015
+
+@_typing.final
+class Scores(_message.Message):
+    """Scores are natural-log probabilities by the raw logits, computed in float32, for the n targets of a Scoring."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    TOP_IDS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    logprobs: _builtins.bytes
+    """float32, little endian, [n]: log-probability of each target."""
+    ranks: _builtins.bytes
+    """int32, little endian, [n]: 1 + the number of tokens with a higher logit."""
+    top_ids: _builtins.bytes
+    """int32, little endian, [n, num_logprobs]: the highest, by (logit descending, id ascending)."""
+    top_logprobs: _builtins.bytes
+    """float32, little endian, [n, num_logprobs]: their log-probabilities."""
+    def __init__(
+        self,
+        *,
+        logprobs: _builtins.bytes = ...,
+        ranks: _builtins.bytes = ...,
+        top_ids: _builtins.bytes = ...,
+        top_logprobs: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "ranks", b"ranks", "top_ids", b"top_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scores: _TypeAlias = Scores  # noqa: Y015
 
 @_typing.final
 class Tail(_message.Message):

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness against our server and against its own transformers backend."""
