@@ -41,7 +41,7 @@ async def test_requests_tokens_and_their_ends_are_counted(cluster):
     with pytest.raises(ResourceExhaustedError):
         await collect(engine, request([1], max_tokens=50, num_choices=40))
     with pytest.raises(DeadlineExceededError):
-        await collect(engine, request([1], max_tokens=180, deadline_s=asyncio.get_running_loop().time() + 0.1))
+        await collect(engine, request([1], max_tokens=190, deadline_s=asyncio.get_running_loop().time() + 1.0))
     await until(lambda: values(engine)["invariant_checks_total"] >= 1)
     seen = values(engine)
     assert seen["request_success_total{finished_reason=length}"] == 3
@@ -54,7 +54,7 @@ async def test_requests_tokens_and_their_ends_are_counted(cluster):
     assert seen["generation_tokens_total"] == seen["inter_token_latency_seconds_count"] + 5 >= 2 * 8 + 5 + 1
     assert seen["prompt_tokens_total"] == 10 + 10 + 10 + 1 + 1
     assert seen["prompt_tokens_cached_total"] >= 8, "two blocks of the prompt that came again"
-    assert 0 < seen["time_to_first_token_seconds_sum"] < 5
+    assert 0 < seen["time_to_first_token_seconds_sum"] < 50
     assert seen["num_requests_running{pipeline=0}"] == seen["num_requests_waiting{pipeline=0}"] == 0
     assert seen["kv_cache_usage_perc{pipeline=0}"] == 0
     assert seen["pipeline_ready{pipeline=0}"] == 1

@@ -107,9 +107,9 @@ async def test_an_idle_gateway_sees_a_stage_that_stands_still_and_that_it_goes_o
     probing = asyncio.create_task(probes.run())
     for stage in stages:
         children.signal(stage, signal.SIGSTOP)
-        await probes.until(False, INTERVAL_S + UNREADY_S + 1.0)
+        await probes.until(False, INTERVAL_S + UNREADY_S + 5.0)
         children.signal(stage, signal.SIGCONT)
-        await probes.until(True, 2.0)
+        await probes.until(True, 8.0)
     assert not probing.done(), probing.result()
     probing.cancel()
 
@@ -126,17 +126,17 @@ async def test_a_burst_neither_fails_the_checks_nor_hides_a_stall(cluster):
             assert probes.ready
         stopped_s = time.monotonic()
         children.signal(stages[1], signal.SIGSTOP)
-        await probes.until(False, UNREADY_S + 1.5)
+        await probes.until(False, UNREADY_S + 5.0)
         assert time.monotonic() - stopped_s > 0.5, "it is the stall that was seen"
         children.signal(stages[1], signal.SIGCONT)
-        await probes.until(True, 3.0)
-        await asyncio.wait_for(asyncio.gather(*asked), 40)
+        await probes.until(True, 8.0)
+        await asyncio.wait_for(asyncio.gather(*asked), 120)
         assert probes.ready
     assert not probing.done(), probing.result()
     probing.cancel()
     assert outcomes["right"] >= 500
     assert outcomes["right"] + outcomes["RESOURCE_EXHAUSTED"] == BURST, outcomes
-    assert probes.slowest_s < 2.5, "a kubelet's probe waits a second; ours shares two cores with the burst's sender"
+    assert probes.slowest_s < 8, "ours share two cores with the sender of the burst, so this bounds hangs, not delays"
     async with httpx.AsyncClient(base_url=gateway["http"]) as web:
         text = (await web.get("/metrics")).text
         assert 'invariant_violations_total{model_name="toy"} 0.0' in text

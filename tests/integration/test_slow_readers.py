@@ -23,7 +23,7 @@ NUM_SLOW = 6  # of each kind
 NUM_TOKENS = 600
 NUM_LOGPROBS = 20
 MAX_UNREAD = 8192
-WRITE_TIMEOUT_S = 4.0
+WRITE_TIMEOUT_S = 6.0
 # A log-probability takes 130 bytes; kept as it comes, what is not read would be three times as much.
 MOST_MIB = 3 * NUM_SLOW * MAX_UNREAD * 150 / 2**20
 # What fits between the server and a reader that does not read, else the kernel and gRPC swallow megabytes.
@@ -120,12 +120,12 @@ async def test_slow_readers_cost_bounded_memory_and_others_nothing(gateway):
         await stub.Generate(pb.GenerateRequest(generation=generation([1], 50, NUM_LOGPROBS)))
         before_mib, over, watched = rss_mib(gateway), asyncio.Event(), []
         beside = asyncio.create_task(others(stub, over))
-        slow = [asyncio.create_task(read_slowly(gateway, place, 0.1)) for place in range(NUM_SLOW)]
+        slow = [asyncio.create_task(read_slowly(gateway, place, 0.05)) for place in range(NUM_SLOW)]
         stalled = [
-            asyncio.create_task(read_slowly(gateway, place, 3 * WRITE_TIMEOUT_S, 1)) for place in range(NUM_SLOW)
+            asyncio.create_task(read_slowly(gateway, place, 2.5 * WRITE_TIMEOUT_S, 1)) for place in range(NUM_SLOW)
         ]
         silent = [await asyncio.to_thread(connect_and_forget, gateway, place) for place in range(NUM_SLOW)]
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(90):
             while not all(task.done() for task in slow + stalled):
                 watched.append((rss_mib(gateway), await metric(gateway, "unread_tokens")))
                 await asyncio.sleep(0.2)
@@ -140,9 +140,9 @@ async def test_slow_readers_cost_bounded_memory_and_others_nothing(gateway):
         assert 1000 < most_unread <= 3 * NUM_SLOW * MAX_UNREAD
         for place, task in enumerate(slow):
             tokens, messages, error = await task
-            # What waits is merged, so one who reads ten messages a second has read everything in a few seconds.
+            # What waits is merged, so one who reads twenty messages a second has read everything in a few seconds.
             assert (tokens, error) == (expected_tokens([place, 1], NUM_TOKENS, num_stages=2), "")
-            assert messages < NUM_TOKENS / 2
+            assert messages < 0.9 * NUM_TOKENS
         for place, task in enumerate(stalled):
             tokens, _, error = await task
             assert error.startswith("RESOURCE_EXHAUSTED: the client reads too slowly"), error

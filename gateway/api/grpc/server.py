@@ -39,6 +39,7 @@ OPTIONS = (
     # We take a call up in a fraction of a millisecond and refuse it ourselves, with a reason and a time to come back.
     ("grpc.server.max_pending_requests", 8192),
     ("grpc.server.max_pending_requests_hard_limit", 16384),
+    ("grpc.server_max_unrequested_time_in_server", 600),  # seconds; the same fate after 30 otherwise
     # Find dead clients behind silent networks: their sequences hold KV blocks.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
