@@ -297,6 +297,11 @@ class Ledger:
         return len(self._running) - len(self._prefilling)
 
     @property
+    def live_sequences(self) -> tuple[Sequence, ...]:
+        """Every sequence here, waiting or running, in the order they came."""
+        return tuple(self._sequences.values())
+
+    @property
     def num_running(self) -> int:
         """Sequences that hold blocks."""
         return len(self._running)
