@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
+from gateway.autoscale.policy import Demand
 from gateway.engine.choice import ChoiceState, Deltas
 from gateway.engine.keeper import Keeper
 from gateway.engine.lane import Lane, deadline_exceeded
@@ -32,6 +33,8 @@ class Engine:
         self._sequence_ids = itertools.count(1)
         self._num_unplaced = self._unplaced_tokens = 0
         self._stopping = False
+        self.batch_backlog_tokens: Callable[[], int] = lambda: 0
+        """Tokens of batch work that was not handed to `generate` yet. Whoever keeps batches replaces it."""
 
     async def start(self) -> None:
         """Begin to form pipelines as replicas appear."""
@@ -64,6 +67,19 @@ class Engine:
     def spares(self) -> tuple[ReplicaStatus, ...]:
         """Replicas in no pipeline."""
         return self._keeper.spares()
+
+    def demand(self) -> Demand:
+        """What all pipelines have to do, and what waits for one to appear."""
+        now_s = time.monotonic()
+        schedulers = [lane.scheduler for lane in self._keeper.lanes if lane.scheduler is not None]
+        return Demand(
+            pipelines=sum(lane.state == "ready" for lane in self._keeper.lanes),
+            sequences=self._num_unplaced + sum(lane.load for lane in self._keeper.lanes),
+            queued_tokens=self._unplaced_tokens + sum(one.backlog_tokens for one in schedulers),
+            kv_pipelines=sum(one.kv_used_fraction for one in schedulers),
+            late_sequences=sum(one.num_late(now_s) for one in schedulers),
+            batch_backlog_tokens=self.batch_backlog_tokens(),
+        )
 
     def watch_steps(self) -> AsyncGenerator[StreamStepsResponse, None]:
         """Every step of every pipeline that comes back from now on, in groups."""
