@@ -116,3 +116,19 @@ def test_ray_serve_takes_the_policy() -> None:
         contexts = [context("gateway", metrics(sequences=sequences)), context("stage-0", {}), context("stage-1", {})]
         decisions, _ = wrapped({one.deployment_id: one for one in contexts})
         assert {at.name: count for at, count in decisions.items()} == {"stage-0": replicas, "stage-1": replicas}
+
+
+def test_the_scheduler_tells_what_is_used_and_what_comes_too_late() -> None:
+    from gateway.scheduler import Scheduler, SchedulerLimits, Sequence
+
+    scheduler = Scheduler(num_blocks=10, block_size_tokens=4, limits=SchedulerLimits(prefix_caching=False))
+    assert (scheduler.kv_used_fraction, scheduler.num_late(0.0)) == (0, 0)
+    for number, deadline_s in enumerate((None, 0.5, 100.0)):
+        scheduler.add(
+            Sequence(sequence_id=number, prompt_token_ids=(1,) * 20, max_total_tokens=24, deadline_s=deadline_s)
+        )
+    assert scheduler.num_late(0.0) == 1  # a rate that is not known counts as a second
+    assert scheduler.num_late(99.5) == 2
+    assert scheduler.schedule() is not None
+    assert scheduler.kv_used_fraction == 0.5
+    assert [one.sequence_id for one in scheduler.live_sequences] == [0, 1, 2]
