@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check proto bench chaos cancels clean
+.PHONY: setup demo test check proto bench autoscale chaos cancels clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -34,6 +34,10 @@ proto: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.decode
+
+# Pipelines 1 → 2 → 1 under load.
+autoscale: setup
+	$(BIN)/python -m benchmarks.autoscale
 
 KILLS ?= 20
 SEED ?= 1

@@ -33,6 +33,9 @@ from stages.server.access import StageAccess
 
 logger = logging.getLogger("stageline.gateway")
 
+METRICS_INTERVAL_S = 1.0
+"""How often Serve asks the gateway what it has to do."""
+
 _frontend: Frontend | None = None
 _batches: BatchService | None = None
 
@@ -79,7 +82,7 @@ def application(config: configuration.Config) -> serve.Application:
             f"stage-{index}",
             index,
             stage_spec(config, layers.start_layer, layers.end_layer, len(ranges)),
-            replicas=config.stages.replicas,
+            replicas=replicas(config),
             num_cpus=config.stages.num_cpus,
             num_gpus=config.stages.num_gpus,
             retries=3,
@@ -89,7 +92,8 @@ def application(config: configuration.Config) -> serve.Application:
     make: Any = serve.deployment  # its overloads do not know classes with an async __init__
     gateway = make(serve.ingress(_http_app)(Gateway)).options(
         name="gateway",
-        num_replicas=1,
+        # Serve collects a replica's own metrics only where it has an autoscaling config.
+        autoscaling_config={"min_replicas": 1, "max_replicas": 1, "metrics_interval_s": METRICS_INTERVAL_S},
         max_ongoing_requests=4096,
         ray_actor_options={"num_cpus": 0.1},
         health_check_period_s=1.0,
@@ -98,6 +102,29 @@ def application(config: configuration.Config) -> serve.Application:
     )
     bound: serve.Application = gateway.bind(config.model_dump(), *stages)
     return bound
+
+
+def replicas(config: configuration.Config) -> int | dict[str, Any]:
+    """Of every stage: a number, or alike for all of them the bounds and delays within which demand decides."""
+    pipelines = config.pipelines
+    if pipelines.max is None:
+        return config.stages.replicas
+    return {
+        "min_replicas": pipelines.min,
+        "initial_replicas": max(1, pipelines.min),
+        "max_replicas": pipelines.max,
+        "upscale_delay_s": pipelines.scale_up_delay_s,
+        "downscale_delay_s": pipelines.idle_s,
+    }
+
+
+def autoscaling_policy(config: configuration.Config) -> dict[str, Any]:
+    """The application's `autoscaling_policy`, as a Serve configuration file takes it. Without it stages would not scale
+    in lockstep, so a file that sets `pipelines.max` must have it."""
+    return {
+        "policy_function": "gateway.autoscale.policy:LockstepPolicy",
+        "policy_kwargs": {"sequences": config.pipelines.target_sequences},
+    }
 
 
 def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, num_stages: int) -> dict[str, Any]:
@@ -187,6 +214,10 @@ class Gateway:
             write_timeout_s=parsed.server.write_timeout_s,
             batches=self._batches,
         )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve carries these numbers to the policy."""
+        return self._engine.demand().stats()
 
     async def __del__(self) -> None:
         if hasattr(self, "_grpc"):

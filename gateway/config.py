@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gateway.batch.state_url import path_of, url_of
 from stageline.errors import ConfigError
@@ -97,7 +97,13 @@ class SchedulerSection(_Section):
 
 
 class PipelinesSection(_Section):
-    """Claims and leases."""
+    """How many there are; claims and leases. Without `max` there are as many as `stages.replicas`."""
+
+    max: int | None = Field(None, ge=1, description="most pipelines; demand decides how many, up to these")
+    min: int = Field(1, ge=0, description="fewest pipelines, with `max`; 0: none while idle (batch-only deployments)")
+    target_sequences: int = Field(64, ge=1, description="requests that one more pipeline is started for, with `max`")
+    scale_up_delay_s: float = Field(5.0, ge=0, description="seconds of more demand before pipelines are added")
+    idle_s: float = Field(300.0, ge=0, description="seconds of less demand before pipelines are taken away")
 
     lease_s: float = Field(10.0, gt=0, description="seconds a claim of a stage lasts without a renewal")
     stall_timeout_s: float = Field(
@@ -109,6 +115,12 @@ class PipelinesSection(_Section):
     unready_after_s: float = Field(
         10.0, gt=0, description="seconds without a returned step after which a pipeline counts as not ready"
     )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> PipelinesSection:
+        if self.max is not None and self.min > self.max:
+            raise ValueError(f"pipelines.min ({self.min}) is more than pipelines.max ({self.max})")
+        return self
 
 
 class ServerSection(_Section):

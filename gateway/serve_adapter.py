@@ -138,14 +138,24 @@ def log_to_stderr() -> None:
 
 
 def stage_application(
-    name: str, index: int, spec: dict[str, Any], *, replicas: int, num_cpus: float, num_gpus: float, retries: int
+    name: str,
+    index: int,
+    spec: dict[str, Any],
+    *,
+    replicas: int | Mapping[str, Any],
+    num_cpus: float,
+    num_gpus: float,
+    retries: int,
 ) -> serve.Application:
-    """One deployment for stage `index`; `retries` bounds constructor attempts before Serve reports a failure."""
+    """One deployment for stage `index`; `retries` bounds constructor attempts before Serve reports a failure.
+
+    `replicas` is their number, or the fields of Serve's AutoscalingConfig.
+    """
     make: Any = serve.deployment  # its overloads do not know classes with an async __init__
     router: Any = "gateway.serve_adapter.DiscoveryRouter"
     deployment = make(StageDeployment).options(
         name=name,
-        num_replicas=replicas,
+        **({"num_replicas": replicas} if isinstance(replicas, int) else {"autoscaling_config": dict(replicas)}),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         request_router_config=RequestRouterConfig(request_router_class=router),
         max_constructor_retry_count=retries,
@@ -156,3 +166,25 @@ def stage_application(
     )
     application: serve.Application = deployment.bind(index, spec)
     return application
+
+
+def run_with_policy(application: str, builder: str, args: Mapping[str, Any], policy: Mapping[str, Any]) -> None:
+    """Deploy as `serve deploy` does, since `serve.run` takes no application-level policy; wait until it runs.
+
+    Raises RuntimeError, as `serve.run` does, where it cannot be deployed.
+    """
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+    client: Any = _get_global_client()
+    declared = {"name": application, "route_prefix": "/", "import_path": builder, "args": dict(args)}
+    client.deploy_apps(
+        ServeDeploySchema.model_validate({"applications": [declared | {"autoscaling_policy": dict(policy)}]})
+    )
+    while True:
+        found = serve.status().applications.get(application)
+        if found is not None and found.status == ApplicationStatus.RUNNING:
+            return
+        if found is not None and found.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise RuntimeError(found.message)
+        time.sleep(0.2)

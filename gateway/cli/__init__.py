@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, when grpc is imported; what its core logs, our errors say
 
-from gateway.cli import batch, bench, chat, keys, plan, serve, show_config, status, timeline
+from gateway.cli import batch, bench, chat, keys, plan, serve, show_config, simulate, status, timeline
 from stageline.errors import InvalidArgumentError, StagelineError
 
-_VERBS = {"serve": serve, "chat": chat, "plan": plan, "status": status, "bench": bench, "config": show_config,
-          "keys": keys, "timeline": timeline, "batch": batch}  # fmt: skip
+_VERBS = {"serve": serve, "chat": chat, "batch": batch, "plan": plan, "simulate": simulate, "status": status,
+          "bench": bench, "timeline": timeline, "config": show_config, "keys": keys}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

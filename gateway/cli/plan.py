@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gateway.cli.options import add_config_arguments, config_from
 from gateway.config import Config
@@ -25,20 +26,8 @@ from stageline.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `stageline plan`."""
-    add_config_arguments(parser)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--gpu", metavar="NAME:COUNT,…", help="GPUs to plan for, such as a100-80g:4 or l40s-48g:4,a10g-24g:2"
-    )
-    where.add_argument(
-        "--cluster", action="store_true", help="plan for the GPU nodes of the current kubeconfig's cluster"
-    )
+    where = add_request_arguments(parser)
     where.add_argument("--gpu-memory-bytes", type=int, help="sizes only, on GPUs of this memory; default 80 GiB")
-    parser.add_argument("--profile", metavar="FILE", help="devices of your own, or measured rates: gpus.yaml's format")
-    parser.add_argument("--usable-fraction", type=float, default=0.9, help="part of a GPU's memory that may be used")
-    parser.add_argument("--link-gbps", type=float, default=25.0, help="network between stages, gigabits a second")
-    parser.add_argument("--hop-latency-ms", type=float, default=0.3, help="one message to the next stage, ms")
-    parser.add_argument("--context-tokens", type=int, default=2048, help="average length of a sequence")
     parser.add_argument("--output", choices=["table", "json", "k8s"], default="table", help="k8s: Kubernetes manifests")
     k8s, defaults = parser.add_argument_group("--output k8s"), Deployment()
     k8s.add_argument("--output-dir", metavar="DIR", help="write the manifests there instead of printing them")
@@ -53,15 +42,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     k8s.add_argument("--spare-gpus", type=int, default=0, help="GPUs of each kind beyond those of the stages")
 
 
+def add_request_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Flags of everything that plans; returns the group of those that say where the GPUs are."""
+    add_config_arguments(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--gpu", metavar="NAME:COUNT,…", help="GPUs to plan for, such as a100-80g:4 or l40s-48g:4,a10g-24g:2"
+    )
+    where.add_argument(
+        "--cluster", action="store_true", help="plan for the GPU nodes of the current kubeconfig's cluster"
+    )
+    parser.add_argument("--profile", metavar="FILE", help="devices of your own, or measured rates: gpus.yaml's format")
+    parser.add_argument("--usable-fraction", type=float, default=0.9, help="part of a GPU's memory that may be used")
+    parser.add_argument("--link-gbps", type=float, default=25.0, help="network between stages, gigabits a second")
+    parser.add_argument("--hop-latency-ms", type=float, default=0.3, help="one message to the next stage, ms")
+    parser.add_argument("--context-tokens", type=int, default=2048, help="average length of a sequence")
+    return where
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the plan; a plan that does not fit is printed too, says so, and exits 1."""
     config = config_from(args)
-    if not config.model.path:
-        raise ConfigError(
-            "MODEL_MISSING",
-            "--model is required: a folder, a .gguf file, a hub id, or a known name such as qwen2-72b",
-            field="model.path",
-        )
+    check_request(args, config)
     _check(args)
     if args.gpu is None and not args.cluster:
         if args.output == "k8s":
@@ -147,28 +149,45 @@ def make_request(args: argparse.Namespace, config: Config, known: Mapping[str, G
     )
 
 
-def _check(args: argparse.Namespace) -> None:
-    limits = {
-        "--gpu-memory-bytes": args.gpu_memory_bytes is None or args.gpu_memory_bytes >= 1,
-        "--usable-fraction": 0 < args.usable_fraction <= 1,
-        "--link-gbps": 0 < args.link_gbps < float("inf"),
-        "--hop-latency-ms": 0 <= args.hop_latency_ms < float("inf"),
-        "--context-tokens": args.context_tokens >= 1,
-        "--spare-gpus": 0 <= args.spare_gpus <= 1000,
-    }
-    wrong = [flag for flag, right in limits.items() if not right]
-    if wrong:
+def check_request(args: argparse.Namespace, config: Config) -> None:
+    """Raises ConfigError for a missing model and for values of `add_request_arguments` that are out of range."""
+    if not config.model.path:
         raise ConfigError(
-            "CONFIG_INVALID",
-            f"{', '.join(wrong)}: out of range; --usable-fraction is in (0, 1], --hop-latency-ms and --spare-gpus at least 0, the others over 0",
-            field=wrong[0],
+            "MODEL_MISSING",
+            "--model is required: a folder, a .gguf file, a hub id, or a known name such as qwen2-72b",
+            field="model.path",
         )
-    if args.output_dir is not None and args.output != "k8s":
-        raise ConfigError("CONFIG_INVALID", "--output-dir belongs to --output k8s", field="output_dir")
+    check_ranges(
+        {
+            "--usable-fraction": (0 < args.usable_fraction <= 1, "in (0, 1]"),
+            "--link-gbps": (0 < args.link_gbps < float("inf"), "over 0"),
+            "--hop-latency-ms": (0 <= args.hop_latency_ms < float("inf"), "at least 0"),
+            "--context-tokens": (args.context_tokens >= 1, "at least 1"),
+        }
+    )
     if args.profile and args.gpu is None and not args.cluster:
         raise ConfigError(
             "CONFIG_INVALID", "--profile describes GPUs by name: it needs --gpu or --cluster", field="profile"
         )
+
+
+def check_ranges(limits: Mapping[str, tuple[bool, str]]) -> None:
+    """Raises ConfigError that names the flags which are not right, each with what it must be."""
+    wrong = {flag: must for flag, (right, must) in limits.items() if not right}
+    if wrong:
+        what = "; ".join(f"{flag} must be {must}" for flag, must in wrong.items())
+        raise ConfigError("CONFIG_INVALID", f"out of range: {what}", field=next(iter(wrong)))
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_ranges(
+        {
+            "--gpu-memory-bytes": (args.gpu_memory_bytes is None or args.gpu_memory_bytes >= 1, "at least 1"),
+            "--spare-gpus": (0 <= args.spare_gpus <= 1000, "in 0 to 1000"),
+        }
+    )
+    if args.output_dir is not None and args.output != "k8s":
+        raise ConfigError("CONFIG_INVALID", "--output-dir belongs to --output k8s", field="output_dir")
 
 
 def _sizes(args: argparse.Namespace, config: Config) -> int:

@@ -181,10 +181,15 @@ def _deploy(config: Config) -> None:
     """Deploy the application; raises the stage's own error where one cannot start."""
     from ray import serve
 
-    from gateway.app import application
+    from gateway.app import application, autoscaling_policy
+    from gateway.serve_adapter import run_with_policy
 
     try:
-        serve.run(application(config), name=_APPLICATION, route_prefix="/")
+        if config.pipelines.max is None:
+            serve.run(application(config), name=_APPLICATION, route_prefix="/")
+        else:
+            args = config.model_dump(exclude={"server": {"http_port"}})  # Serve's own door, opened already
+            run_with_policy(_APPLICATION, "gateway.app:build", args, autoscaling_policy(config))
     except RuntimeError as error:
         problem = _first_problem()
         if problem:

@@ -6,10 +6,11 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from gateway.autoscale.policy import Demand
 from gateway.engine.choice import ChoiceState
 from gateway.engine.deltas import Deltas, Unread
 from gateway.engine.invariants import EngineState, find_leaks
@@ -65,6 +66,8 @@ class Engine:
         self._unchecked = False  # requests came since the engine was last checked
         self._idle_checks: asyncio.Task[None] | None = None
         self._leaks_seen: set[str] = set()
+        self.batch_backlog_tokens: Callable[[], int] = lambda: 0
+        """Tokens of batch work that was not handed to `generate` yet. Whoever keeps batches replaces it."""
 
     async def start(self) -> None:
         """Begin to form pipelines as replicas appear."""
@@ -101,6 +104,19 @@ class Engine:
     def spares(self) -> tuple[ReplicaStatus, ...]:
         """Replicas in no pipeline."""
         return self._keeper.spares()
+
+    def demand(self) -> Demand:
+        """What all pipelines have to do, and what waits for one to appear."""
+        now_s = time.monotonic()
+        schedulers = [lane.scheduler for lane in self._keeper.lanes if lane.scheduler is not None]
+        return Demand(
+            pipelines=sum(lane.state == "ready" for lane in self._keeper.lanes),
+            sequences=self._num_unplaced + sum(lane.load for lane in self._keeper.lanes),
+            queued_tokens=self._unplaced_tokens + sum(one.backlog_tokens for one in schedulers),
+            kv_pipelines=sum(one.kv_used_fraction for one in schedulers),
+            late_sequences=sum(one.num_late(now_s) for one in schedulers),
+            batch_backlog_tokens=self.batch_backlog_tokens(),
+        )
 
     def watch_steps(self) -> AsyncGenerator[StreamStepsResponse, None]:
         """Every step of every pipeline that comes back from now on, in groups."""

@@ -7,6 +7,7 @@ predictions. Symbols: D hidden size, F feed-forward size, V vocabulary, T tokens
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -74,6 +75,7 @@ class Step:
         return cls(tokens=tokens, output_rows=1, attended_tokens=tokens * before, kv_tokens=before)
 
 
+@functools.cache
 def layer_weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     """Bytes of one decoder layer."""
     return dtype_bytes * sum(math.prod(shape) for shape in layer_tensor_shapes(config, 0).values())

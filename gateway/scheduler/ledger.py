@@ -309,6 +309,11 @@ class Ledger:
         return len(self._running) - len(self._prefilling)
 
     @property
+    def live_sequences(self) -> tuple[Sequence, ...]:
+        """Every sequence here, waiting or running, in the order they came."""
+        return tuple(self._sequences.values())
+
+    @property
     def num_running(self) -> int:
         """Sequences that hold blocks."""
         return len(self._running)
@@ -332,6 +337,18 @@ class Ledger:
     def num_free_blocks(self) -> int:
         """Blocks that can be given to a sequence now, those of the prefix cache that nobody holds included."""
         return self._pool.num_free
+
+    @property
+    def kv_used_fraction(self) -> float:
+        """Share of the KV cache that sequences hold."""
+        return 1 - self._pool.num_free / self._pool.num_blocks
+
+    def num_late(self, now_s: float) -> int:
+        """Waiting sequences whose deadline comes before the queue, at its present rate, has emptied."""
+        if not self._deadlines or not len(self._waiting):
+            return 0
+        empty_s = now_s + self._drain_rate.retry_after_s(self._waiting.num_tokens, now_s)
+        return sum(one.deadline_s is not None and one.deadline_s < empty_s for one in self._waiting)
 
     @property
     def num_cached_blocks(self) -> int:
