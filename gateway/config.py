@@ -146,7 +146,7 @@ class BatchSection(_Section):
     """Batches of requests; on where there is a place for their state."""
 
     state_url: str | None = Field(None, description="where files, batches and results are kept: sqlite:///PATH")
-    max_concurrency: int = Field(32, ge=1, description="lines that run at a time; so many are run again after a crash")
+    max_concurrency: int = Field(20, ge=1, description="lines that run at a time; so many are run again after a crash")
     max_lines: int = Field(1_000_000, ge=1, description="requests of one batch")
     max_file_bytes: int = Field(1 << 30, ge=1, description="bytes of one input file")
 

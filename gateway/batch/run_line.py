@@ -22,11 +22,12 @@ _URLS: dict[str, tuple[type[CompletionBody] | type[ChatBody], type[AnswerWriter]
     "/v1/completions": (CompletionBody, CompletionWriter, "cmpl"),
     "/v1/chat/completions": (ChatBody, ChatWriter, "chatcmpl"),
 }
-PRIORITY = MAX_PRIORITY  # as in the HTTP body, where the lower goes first: after everybody who waits for an answer
+# As in the HTTP body, where the lower goes first: after everybody who waits for an answer (0), also where a line asks for more.
+PRIORITY, FIRST_PRIORITY = MAX_PRIORITY, 1
 
 
 class LineRunner:
-    """Runs lines for their tenants, behind all interactive requests unless a line says otherwise."""
+    """Runs lines for their tenants, behind all interactive requests; among lines the lower `priority` goes first."""
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
@@ -35,7 +36,7 @@ class LineRunner:
         """The answer's object. Raises what the HTTP door would answer with."""
         body_class, writer_class, prefix = _URLS[line.url]
         try:
-            body = body_class.model_validate({"priority": PRIORITY, **line.body})
+            body = body_class.model_validate(line.body)
         except ValidationError as error:
             raise from_validation(error.errors()[0]) from None
         if body.stream:
@@ -43,6 +44,8 @@ class LineRunner:
                 "STREAM_IN_BATCH", "stream must be false or left out in a batch: the answer is one line", field="stream"
             )
         body.check()
+        wanted = PRIORITY if body.priority is None else max(FIRST_PRIORITY, body.priority)
+        body = body.model_copy(update={"priority": wanted})
         frontend, visit = self._frontend, self._frontend.doorkeeper.visit_of(tenant)
         visit.enter()
         visits.current.set(visit)  # of this line's own task

@@ -20,12 +20,20 @@ from gateway.batch.lines import LineProblem, LineRequest, is_blank, read_line
 from gateway.batch.records import line_record
 from gateway.batch.types import Batch
 from stageline.client.backoff import Backoff
-from stageline.errors import DeadlineExceededError, ResourceExhaustedError, StagelineError, UnavailableError
+from stageline.errors import (
+    DeadlineExceededError,
+    InternalError,
+    ResourceExhaustedError,
+    StagelineError,
+    UnavailableError,
+)
 
 logger = logging.getLogger("stageline.gateway.batch")
 
 RETRIED = (UnavailableError, ResourceExhaustedError)
+KEPT = (*RETRIED, InternalError)  # what storing a record may meet: a full disk has several names
 BACKOFF = Backoff(initial_s=0.2, max_s=30.0)
+BUG_DELAY_S = 10.0  # before a line runs again whose running failed in a way that nobody foresaw
 
 Run = Callable[[LineRequest, str, str], Awaitable[dict[str, Any]]]  # (request, tenant, request_id) → the answer's body
 
@@ -111,17 +119,20 @@ class Worker:
                 feed.cursor = page[-1][0] if page else feed.cursor
                 feed.lines.extend((number, line) for number, line in page if not is_blank(line))
                 continue
-            task = asyncio.create_task(self._line(feed, *feed.lines.popleft()))
+            line = feed.lines.popleft()
+            task = asyncio.create_task(self._line(feed, *line))
             feed.tasks.add(task)
-            task.add_done_callback(lambda done: self._ended(feed, done))
+            task.add_done_callback(partial(self._ended, feed, line))
 
-    def _ended(self, feed: _Feed, task: asyncio.Task[None]) -> None:
+    def _ended(self, feed: _Feed, line: tuple[int, bytes], task: asyncio.Task[None]) -> None:
         feed.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            # The line has no record, so it is found again when the feed starts over.
-            logger.error("batch %s: a line will run again", feed.id, exc_info=task.exception())
-            feed.cursor, feed.exhausted = 0, False
-            feed.lines.clear()
+            logger.error("batch %s: line %d will run again", feed.id, line[0], exc_info=task.exception())
+            asyncio.get_running_loop().call_later(BUG_DELAY_S, self._again, feed, line)
+        self._wake.set()
+
+    def _again(self, feed: _Feed, line: tuple[int, bytes]) -> None:
+        feed.lines.append(line)
         self._wake.set()
 
     async def _line(self, feed: _Feed, number: int, line: bytes) -> None:
@@ -141,16 +152,19 @@ class Worker:
         await self._retried(
             lambda: self._database.write(
                 lambda c: store.add_result(c, batch_id, number, record, ok=ok, now_s=int(time.time()))
-            )
+            ),
+            KEPT,  # what was computed is not thrown away
         )
 
-    async def _retried(self, action: Callable[[], Awaitable[Any]]) -> Any:
-        """What `action` returns, as soon as it does not fail with an error of RETRIED."""
+    async def _retried(
+        self, action: Callable[[], Awaitable[Any]], errors: tuple[type[StagelineError], ...] = RETRIED
+    ) -> Any:
+        """What `action` returns, as soon as it does not fail with one of `errors`."""
         failures = 0
         while True:
             try:
                 return await action()
-            except RETRIED as error:
+            except errors as error:
                 retry_after_s = float(error.metadata.get("retry_after_s", 0.0))
                 delay_s = self._backoff.delay_s(failures, random.random(), retry_after_s=retry_after_s)
                 assert delay_s is not None  # no deadline was given

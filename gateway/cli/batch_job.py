@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import random
 import time
@@ -25,6 +26,7 @@ from stageline.errors import ConfigError, FailedPreconditionError, NotFoundError
 T = TypeVar("T")
 CHUNK_BYTES = 1 << 20
 POLL_S = 0.5
+MAX_UPLOADS = 10  # of one file, before the server is taken to be unable to keep it
 GIVE_UP_S = 600.0  # without any answer of the server
 CALL_TIMEOUT_S = 60.0
 BACKOFF = Backoff(initial_s=0.2, max_s=5.0)
@@ -96,11 +98,15 @@ class BatchClient:
 
     def upload(self, path: Path, note: Note) -> tuple[str, str]:
         """Send a file; returns its id and the SHA-256 of what was sent. Begins again where the server forgot it meanwhile."""
-        while True:
+        for attempt in itertools.count(1):
             try:
                 return self._upload(path, note)
-            except (NotFoundError, FailedPreconditionError):  # the server was replaced in the middle
-                continue
+            except (NotFoundError, FailedPreconditionError) as error:
+                # The server was replaced in the middle.
+                if error.reason not in ("UPLOAD_NOT_FOUND", "OFFSET_WRONG") or attempt == MAX_UPLOADS:
+                    raise
+                time.sleep(POLL_S)
+        raise AssertionError("the loop returns or raises")
 
     def _upload(self, path: Path, note: Note) -> tuple[str, str]:
         digest, offset, size = hashlib.sha256(), 0, path.stat().st_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
@@ -101,7 +100,7 @@ class ProductChooser:
 class Linear(nn.Module):
     """x @ weight.T + bias; several checkpoint matrices may be stacked in one weight.
 
-    Once every row of the weight was loaded, the chooser's form of it replaces the plain copy, which is freed: so at
+    Once every row of the weight and the bias were loaded, the chooser's form of it replaces the plain copy, which is freed: so at
     most the weights being loaded are held in two forms.
     """
 
@@ -123,16 +122,14 @@ class Linear(nn.Module):
         """`gated`: the weight is a gate and an up projection, see GateProduct. `shared_weight` is used instead of a new one."""
         super().__init__()
         self._chooser, self._gated, self._is_head = chooser, gated, is_head
-        self._rows_to_load = outputs
-        self._lock = threading.Lock()
+        self._rows_to_load = outputs * (2 if bias else 1)
         self.weight = (
             nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device), requires_grad=False)
             if shared_weight is None
             else shared_weight
         )
-        # Zeros until it is loaded: the check of row independence runs when the weight is there, and garbage may be NaN.
         self.bias = (
-            nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device), requires_grad=False) if bias else None
+            nn.Parameter(torch.empty(outputs, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
         plain = PlainProduct(self.weight, self.bias)
         self._product: Callable[..., Tensor] = PlainGate(plain) if gated else plain
@@ -142,11 +139,11 @@ class Linear(nn.Module):
         return self._product(x_TI, *residual_TO)
 
     def rows_loaded(self, count: int) -> None:
-        """Tell that `count` more rows of the weight hold their final values."""
-        with self._lock:
-            self._rows_to_load -= count
-            if self._rows_to_load:
-                return
+        """Tell that `count` more rows of the weight, or elements of the bias, hold their final values: when all do, and
+        not while some are still being read, the form is chosen (and its row independence tried)."""
+        self._rows_to_load -= count
+        if self._rows_to_load:
+            return
         assert self.weight is not None
         weight_OI = self.weight.data
         self._product = (

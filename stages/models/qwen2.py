@@ -174,7 +174,7 @@ class Qwen2Stage(nn.Module):
         }[module]
         parameter: Tensor = getattr(fused, kind).data
         part = parameter if length is None else parameter[start : start + length]
-        return part, fused if kind == "weight" and isinstance(fused, Linear) else None
+        return part, fused if isinstance(fused, Linear) else None
 
 
 def _plain(linear: Linear) -> Tensor:

@@ -34,19 +34,20 @@ def computed(cluster: Cluster) -> list[int]:
     runner, tokens = cluster.stages[0].runner, []
     compute = runner.execute
 
-    def execute(batch, hidden_TD):
+    def execute(batch, *rest):
         tokens.extend(int(token) for token in batch.token_ids)
-        return compute(batch, hidden_TD)
+        return compute(batch, *rest)
 
     runner.execute = execute
     return tokens
 
 
 async def test_what_expires_in_the_queue_costs_no_compute(cluster):
-    engine = await ready(cluster, max_step_sequences=1, max_step_tokens=16)
+    engine = await ready(cluster, max_step_sequences=1, max_step_tokens=16, delay_s=0.01)
     tokens = computed(cluster)
-    long = [asyncio.create_task(collect(engine, request([i, 7], max_tokens=120))) for i in range(3)]
-    await until(lambda: engine.pipelines()[0].num_running_sequences == 3)
+    long = [asyncio.create_task(collect(engine, request([i, 7], max_tokens=60))) for i in range(5)]
+    # How many run at a time depends on what steps are measured to take; all the others are behind them.
+    await until(lambda: engine.pipelines()[0].num_waiting_sequences > 0)
     doomed = [
         asyncio.create_task(collect(engine, request([MARK] * 30, deadline_s=time.monotonic() + 0.1, max_tokens=5)))
         for _ in range(20)
@@ -54,10 +55,11 @@ async def test_what_expires_in_the_queue_costs_no_compute(cluster):
     for one in doomed:
         with pytest.raises(DeadlineExceededError):
             await one
-    assert engine.pipelines()[0].num_waiting_sequences == 0
+    now = engine.pipelines()[0]
+    assert now.num_running_sequences + now.num_waiting_sequences <= len(long), "nothing that expired is left"
     for i, one in enumerate(long):
-        assert (await one)[0].token_ids == expected_tokens([i, 7], 120, num_stages=2)
-    assert len(tokens) > 360
+        assert (await one)[0].token_ids == expected_tokens([i, 7], 60, num_stages=2)
+    assert len(tokens) >= 5 * 60
     assert MARK not in tokens
 
 
@@ -87,9 +89,9 @@ async def test_one_request_with_many_choices_leaves_others_their_blocks(cluster)
 
 
 async def test_higher_priority_goes_first(cluster):
-    engine = await ready(cluster, max_step_sequences=1)
-    blockers = [asyncio.create_task(collect(engine, request([i], max_tokens=40))) for i in range(3)]
-    await until(lambda: engine.pipelines()[0].num_running_sequences == 3)
+    engine = await ready(cluster, max_step_sequences=1, delay_s=0.01)
+    blockers = [asyncio.create_task(collect(engine, request([i], max_tokens=40))) for i in range(5)]
+    await until(lambda: engine.pipelines()[0].num_waiting_sequences > 0)
     order: list[int] = []
 
     async def ask(priority: int) -> None:

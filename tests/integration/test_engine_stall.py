@@ -26,9 +26,9 @@ async def test_a_hung_kernel_is_noticed_and_a_spare_takes_over(caplog):
         await asyncio.sleep(0.1)
         compute = first.runner.execute
 
-        def hang(batch, hidden_TD):
+        def hang(batch, *rest):
             release.wait(60)
-            return compute(batch, hidden_TD)
+            return compute(batch, *rest)
 
         first.runner.execute = hang
         await cluster.add_stage(0, 2)  # the spare

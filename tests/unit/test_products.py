@@ -161,10 +161,15 @@ def test_without_any_row_independent_product_the_mode_is_refused(monkeypatch) ->
     assert "(8, 4)" in caught.value.message
 
 
-def test_a_bias_that_is_not_loaded_yet_does_not_spoil_the_check(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options))
+def test_the_check_waits_for_the_bias() -> None:
+    """Another thread may be reading it meanwhile, and what is there before is garbage."""
     chooser = ProductChooser(packed=True, batch_invariant=True)
     layer = Linear(64, 32, bias=True, dtype=torch.bfloat16, device=CPU, chooser=chooser)
+    layer.bias.data.fill_(torch.nan)
     layer.weight.data.normal_()
     layer.rows_loaded(32)
+    assert layer.weight is not None, "no form was chosen yet"
+    layer.bias.data.normal_()
+    layer.rows_loaded(32)
+    assert layer.weight is None
     assert layer(torch.ones(1, 64, dtype=torch.bfloat16)).isfinite().all()
