@@ -159,6 +159,8 @@ def _start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Serve's own chatter stays in its log files; what stages and gateway say comes through.
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    # On a busy machine the HTTP proxy needs longer than Serve's 5 s to start, and Serve gives up with a traceback.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     print("stageline: starting Ray", file=sys.stderr, flush=True)
