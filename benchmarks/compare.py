@@ -168,7 +168,8 @@ def main() -> int:
                     rate = contender.decode_rate(size) if kind == "decode" else contender.prefill_rate(size)
                     if turn:  # the first turn warms up
                         runs[name].setdefault(f"{kind} {size}", []).append(rate)
-            print(f"turn {turn} of {args.repeats} is done", file=sys.stderr, flush=True)
+            so_far = {name: {case: round(rates[-1], 1) for case, rates in by.items()} for name, by in runs.items()}
+            print(f"turn {turn} of {args.repeats}: {json.dumps(so_far)}", file=sys.stderr, flush=True)
     weights = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     medians = {name: {case: statistics.median(rates) for case, rates in by.items()} for name, by in runs.items()}
