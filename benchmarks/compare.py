@@ -115,7 +115,9 @@ def read_marked(process: subprocess.Popen[str]) -> str:
 def working(python: str, name: str, model: str) -> Iterator[Contender]:
     """A worker script of this folder under the given Python, which may not have our packages."""
     script = Path(__file__).parent / f"worker_{name}.py"
-    what = ["-m", f"benchmarks.{script.stem}"] if python == sys.executable else [str(script)]
+    what = (
+        ["-m", f"benchmarks.{script.stem}"] if python == sys.executable else ["-P", str(script)]
+    )  # -P: `kernels` beside it is not the package
     command = [python, *what, model, str(SHAPE.prompt_tokens), str(SHAPE.new_tokens)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
