@@ -242,7 +242,9 @@ def test_serve_names_a_stage_that_fails_while_it_starts(tmp_path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     last = done.stderr.splitlines()[-1]
     assert re.match(r"stageline serve: stage [01] \(layers \d-\d\) cannot start: KV_CACHE_TOO_SMALL: 1000 bytes", last)
-    assert "Traceback" not in done.stderr
+    # Ray's controller at times prints a failed start of its own accord, which nobody else can silence.
+    ours = "\n".join(line for line in done.stderr.splitlines() if not line.startswith("(ServeController"))
+    assert "Traceback" not in ours
     assert "\r" not in done.stderr  # no bars where there is no terminal
 
 
