@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import grpc.aio
 import hypothesis
 import pytest
+
+# grpc.aio shuts down with its last object, and then waits for what is unfinished: what one test left behind stopped another,
+# wherever the garbage collector came by. One user that stays keeps it up until the process ends.
+grpc.aio.init_grpc_aio()
 
 # Time says nothing here: the tests share the machine with one another.
 hypothesis.settings.register_profile("stageline", deadline=None)
