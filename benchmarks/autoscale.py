@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import grpc.aio
 
@@ -22,16 +23,19 @@ from gateway.demo import fetch_model
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
+if TYPE_CHECKING:  # in the type stubs only
+    from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceAsyncStub
+
 TARGET_SEQUENCES, UP_DELAY_S, IDLE_S = 4, 1.0, 5.0
 TIMEOUT_S = 240.0
 
 
-async def ready_pipelines(stub: InferenceServiceStub) -> int:
+async def ready_pipelines(stub: InferenceServiceAsyncStub) -> int:
     answer = await stub.GetModel(pb.GetModelRequest(), timeout=10)
     return sum(pipeline.state == "ready" for pipeline in answer.pipelines)
 
 
-async def until(stub: InferenceServiceStub, count: int) -> float:
+async def until(stub: InferenceServiceAsyncStub, count: int) -> float:
     """Seconds until there are exactly so many pipelines."""
     began = time.perf_counter()
     while await ready_pipelines(stub) != count:

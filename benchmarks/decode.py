@@ -14,9 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.compare import SHAPE, STREAMS, serving
+from benchmarks.compare import SHAPE, Stageline
+from benchmarks.servers import serving
 from gateway.demo import fetch_model
 
+STREAMS = (1, 16)
 REPEATS = 5
 
 
@@ -28,7 +30,8 @@ def main() -> int:
     args = parser.parse_args()
     model = args.model or str(fetch_model())
     rates: dict[int, list[float]] = {streams: [] for streams in STREAMS}
-    with serving(model, args.stages) as server:
+    with serving(model, args.stages) as address:
+        server = Stageline(address)
         for turn in range(REPEATS + 1):
             for streams, runs in rates.items():
                 rate = server.decode_rate(streams)

@@ -49,6 +49,7 @@ PARTS = ("gateway/scheduler", "gateway/sampling", "gateway/tokenizer", "gateway/
 class NullExecutor:
     """A whole model in one stage that chooses a token from a row's place and costs nothing."""
 
+    element_type = pb.ELEMENT_TYPE_FLOAT32
     hidden_states = SimpleNamespace(element_type=pb.ELEMENT_TYPE_FLOAT32)
 
     def __init__(self, vocab_size: int) -> None:

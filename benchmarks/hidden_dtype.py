@@ -41,7 +41,7 @@ def load(folder: str) -> list[StageRunner]:
         runner = StageRunner(
             checkpoint.config, layers, dtype=torch.bfloat16, device=CPU, block_size_tokens=BLOCK_TOKENS
         )
-        load_weights(checkpoint, layers, runner.model.load_tensor, dtype=torch.bfloat16)
+        load_weights(checkpoint, layers, runner.model, dtype=torch.bfloat16)
         runners.append(runner)
     return runners
 
@@ -50,7 +50,8 @@ def load(folder: str) -> list[StageRunner]:
 def logits(runners: list[StageRunner], ids: list[int], hidden_dtype: str | None, num_stages: int) -> Tensor:
     """float32 [T, V] of one prefill."""
     batch = batch_of(1, len(ids), len(ids), runners[0].config.vocab_size)
-    context, value = AttentionContext.from_batch(batch, CPU), torch.tensor(ids)
+    arrays = runners[0].transfers.to_device(batch.attention_arrays)
+    context, value = AttentionContext.from_batch(batch, arrays), torch.tensor(ids)
     codec = HiddenStateCodec(runners[0].dtype, runners[0].config.hidden_size, hidden_dtype)
     for index, runner in enumerate(runners):
         cache = KVCache(

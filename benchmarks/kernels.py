@@ -128,7 +128,7 @@ def main() -> int:
             "runs": len(whole_ms),
         }
         if args.profile == name:
-            with torch.profiler.profile() as profile:
+            with torch.profiler.profile() as profile:  # type: ignore[no-untyped-call]
                 whole()
             print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -22,7 +22,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import numpy as np
 import torch
 
 from stages.server.frames import Assembler, StepFrame
@@ -37,10 +36,10 @@ def _send(port: int, payload_bytes: int, interval_s: float, orders: Connection) 
 
 
 async def _sending(address: str, payload_bytes: int, interval_s: float, orders: Connection) -> None:
-    payload = memoryview(np.zeros(payload_bytes, np.uint8)).cast("B")
+    payload = memoryview(bytes(payload_bytes))
     while True:
         ring_bytes = await asyncio.to_thread(orders.recv)
-        link = Link(address, 1, "bench", lambda event: None, ring_bytes)
+        link = Link(address, 1, "bench", lambda event: None, shared_memory_bytes=ring_bytes)
         await link.open()
         stop = asyncio.ensure_future(asyncio.to_thread(orders.recv))
         due_s = time.monotonic()

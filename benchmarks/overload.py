@@ -121,7 +121,7 @@ async def open_loop(load: Generator, seconds: float, rate: float, seed: int) -> 
     return list(await asyncio.gather(*tasks))
 
 
-def figures(results: Sequence[tuple[Outcome, float]], heartbeat: Heartbeat, began_s: float, ended_s: float) -> dict:
+def figures(results: Sequence[tuple[Outcome, float]], heartbeat: Heartbeat, began_s: float, ended_s: float) -> dict[str, Any]:
     """What happened in [began_s, ended_s)."""
     served = [outcome for outcome, _ in results if not outcome.error]
     refused = [(outcome, over_s) for outcome, over_s in results if outcome.error.startswith("RESOURCE_EXHAUSTED")]

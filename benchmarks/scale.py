@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from gateway.planner.catalogue import find_model_config, gpus, parse_inventory
 from gateway.planner.cluster_plan import make_cluster_plan
@@ -28,7 +29,7 @@ HEAD = (
 )
 
 
-def scenario(num_stages: int, pipelines: int, gateways: int, gbps: float, gpu: str, **changes) -> Scenario:
+def scenario(num_stages: int, pipelines: int, gateways: int, gbps: float, gpu: str, **changes: Any) -> Scenario:
     request = Request(
         model=MODEL,
         config=find_model_config(MODEL),

@@ -15,12 +15,14 @@ import statistics
 import time
 from collections import deque
 
-from gateway.scheduler import Scheduler, SchedulerLimits, Sequence
+from gateway.scheduler import MicroBatch, Scheduler, SchedulerLimits, Sequence
 
 BLOCK_SIZE = 16
 
 
-def measure(num_sequences: int, num_in_flight: int, context: int, num_output: int, num_tenants: int, steps: int):
+def measure(
+    num_sequences: int, num_in_flight: int, context: int, num_output: int, num_tenants: int, steps: int
+) -> dict[str, float]:
     """One row of the table; medians and maxima over `steps` steps after everybody decodes."""
     scheduler = Scheduler(
         num_blocks=2 * num_sequences * ((context + num_output) // BLOCK_SIZE + 2),
@@ -47,7 +49,10 @@ def measure(num_sequences: int, num_in_flight: int, context: int, num_output: in
     for _ in range(num_sequences):
         add()
     warm = False
-    flying, schedule_s, complete_s, rows = deque(), [], [], []
+    flying: deque[MicroBatch] = deque()
+    schedule_s: list[float] = []
+    complete_s: list[float] = []
+    rows: list[int] = []
     while len(schedule_s) < steps:
         warm = warm or scheduler.num_waiting == 0
         begun_s = time.perf_counter()
