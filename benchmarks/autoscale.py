@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
 
 import grpc.aio
 
+from benchmarks.report import here
+from benchmarks.servers import serving
 from gateway.bench.load import Generator, Outcome, Shape
 from gateway.demo import fetch_model
 from stageline.inference.v1 import inference_service_pb2 as pb
@@ -80,23 +79,14 @@ def main() -> int:
     parser.add_argument("--model", help="default: the demo's SmolLM2-135M")
     parser.add_argument("--stages", type=int, default=2)
     args = parser.parse_args()
-    command = [
-        sys.executable, "-m", "gateway.cli", "serve", "--model", args.model or str(fetch_model()), "--stages", str(args.stages),
-        "--grpc-port", "0", "--http-port", "0", "--pipelines.max", "2", "--pipelines.min", "1",
-        "--pipelines.target-sequences", str(TARGET_SEQUENCES), "--pipelines.scale-up-delay-s", str(UP_DELAY_S),
-        "--pipelines.idle-s", str(IDLE_S), "--stages.num-threads", "1", "--kv-cache.memory-bytes", str(256 << 20),
-    ]  # fmt: skip
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        if not line.startswith("ready "):
-            raise SystemExit("the server did not start")
-        report = asyncio.run(measure(line.split("grpc://")[1].strip()))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=90)
-    print(json.dumps(report | {"stages": args.stages, "hardware": f"{os.cpu_count()} cores"}, indent=2))
+    flags = (
+        "--pipelines.max", "2", "--pipelines.min", "1", "--pipelines.target-sequences", str(TARGET_SEQUENCES),
+        "--pipelines.scale-up-delay-s", str(UP_DELAY_S), "--pipelines.idle-s", str(IDLE_S),
+        "--stages.num-threads", "1", "--kv-cache.memory-bytes", str(256 << 20),
+    )  # fmt: skip
+    with serving(args.model or str(fetch_model()), args.stages, *flags) as address:
+        report = asyncio.run(measure(address))
+    print(json.dumps(report | {"stages": args.stages, **here()}, indent=2))
     return 1 if report["failed"] else 0
 
 

@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Protocol
 
 import numpy as np
 
+from benchmarks.report import here
 from benchmarks.servers import serving
 from gateway.bench.load import Generator, Shape
 from gateway.bench.measure import checked
@@ -173,15 +173,13 @@ def main() -> int:
             so_far = {name: {case: round(rates[-1], 1) for case, rates in by.items()} for name, by in runs.items()}
             print(f"turn {turn} of {args.repeats}: {json.dumps(so_far)}", file=sys.stderr, flush=True)
     weights = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     medians = {name: {case: statistics.median(rates) for case, rates in by.items()} for name, by in runs.items()}
     print(table(medians, bandwidth / weights))
     ours = {name: by for name, by in runs.items() if name.startswith("stageline")}
     report = {
         "model": Path(args.model).name,
         "shape": [SHAPE.prompt_tokens, SHAPE.new_tokens],
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "commit": commit.stdout.strip(),
+        **here(),
         "streaming_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
         "median_tokens_per_s": medians,
         # The median of the ratios of runs that followed each other: what slowed the machine down slowed both.

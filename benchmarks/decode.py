@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.compare import SHAPE, Stageline
+from benchmarks.report import here
 from benchmarks.servers import serving
 from gateway.demo import fetch_model
 
@@ -37,15 +35,13 @@ def main() -> int:
                 rate = server.decode_rate(streams)
                 if turn:  # the first turn warms up
                     runs.append(rate)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "what": "decode, tokens a second of all streams together",
         "model": Path(model).name,
         "shape": [SHAPE.prompt_tokens, SHAPE.new_tokens],
         "stages": args.stages,
         "dtype": "bfloat16",
-        "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-        "commit": commit.stdout.strip(),
+        **here(),
         "median": {str(streams): round(statistics.median(runs), 1) for streams, runs in rates.items()},
         "runs": {str(streams): [round(rate, 1) for rate in runs] for streams, runs in rates.items()},
     }

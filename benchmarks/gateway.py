@@ -13,7 +13,6 @@ import contextlib
 import cProfile
 import json
 import os
-import platform
 import pstats
 import signal
 import statistics
@@ -28,6 +27,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from benchmarks.report import here
 from gateway.api.grpc.server import serve_grpc
 from gateway.api.service import Frontend
 from gateway.bench.load import Generator, Shape
@@ -205,13 +205,11 @@ def main() -> int:
         measure(gateway, port, args.streams[-1])
         gateway.send_signal(signal.SIGUSR2)
         parts_s = json.loads(read_line(gateway))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     profiled = args.streams[-1] * SHAPE.new_tokens
     report = {
         "what": "gateway over a stage that answers at once",
         "shape": [SHAPE.prompt_tokens, SHAPE.new_tokens],
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "commit": commit.stdout.strip(),
+        **here(),
         "streams": {
             streams: {
                 "tokens_per_s": round(statistics.median(rate for rate, _ in of)),

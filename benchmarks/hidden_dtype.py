@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import BLOCK_TOKENS, NUM_BLOCKS, batch_of
+from benchmarks.kernels import BLOCK_TOKENS, NUM_BLOCKS, batch_of, load
 from benchmarks.quantization import CPU, windows
+from benchmarks.report import here
 from stages.attention import AttentionContext
 from stages.checkpoint import open_checkpoint
 from stages.hidden_states import HiddenStateCodec
@@ -28,22 +26,15 @@ from stages.kv_cache import KVCache
 from stages.partition import LayerRange
 from stages.runner import StageRunner
 from stages.spec import HIDDEN_DTYPES
-from stages.weights import load_weights
 
 QUARTERS = 4  # the model is loaded as four stages; for two, nothing is reduced at the first and third cut
 
 
-def load(folder: str) -> list[StageRunner]:
+def load_stages(folder: str) -> list[StageRunner]:
     """The model in bfloat16 as stages of equally many layers."""
-    checkpoint, runners = open_checkpoint(folder), []
+    checkpoint = open_checkpoint(folder)
     cuts = [round(checkpoint.config.num_layers * i / QUARTERS) for i in range(QUARTERS + 1)]
-    for layers in itertools.starmap(LayerRange, itertools.pairwise(cuts)):
-        runner = StageRunner(
-            checkpoint.config, layers, dtype=torch.bfloat16, device=CPU, block_size_tokens=BLOCK_TOKENS
-        )
-        load_weights(checkpoint, layers, runner.model, dtype=torch.bfloat16)
-        runners.append(runner)
-    return runners
+    return [load(checkpoint, torch.bfloat16, LayerRange(*ends)) for ends in itertools.pairwise(cuts)]
 
 
 @torch.inference_mode()
@@ -88,7 +79,7 @@ def main() -> int:
     parser.add_argument("--window-tokens", type=int, default=512)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    runners = load(args.model)
+    runners = load_stages(args.model)
     texts = windows(Path(args.model), args.window_tokens, args.windows)
     reference_TV = torch.cat([logits(runners, ids, None, QUARTERS) for ids in texts])
     results = {
@@ -98,14 +89,12 @@ def main() -> int:
         for hidden_dtype in HIDDEN_DTYPES
         for num_stages in (2, 4)
     }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "what": "8-bit hidden states: logits against those of bfloat16 hidden states",
         "model": Path(args.model).name,
         "positions": args.windows * args.window_tokens,
-        "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        **here(),
         "results": results,
     }
     print(json.dumps(report, indent=2))

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.report import here
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.batch import StepBatch
 from stages.checkpoint import Checkpoint, open_checkpoint
@@ -40,12 +39,15 @@ CASES = {
 NUM_BLOCKS = max(rows * -(-context // BLOCK_TOKENS) for rows, _, context, _ in CASES.values())
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype) -> StageRunner:
-    """The whole model as one stage."""
-    layers = LayerRange(0, checkpoint.config.num_layers)
+def load(
+    checkpoint: Checkpoint, dtype: torch.dtype, layers: LayerRange | None = None, quantization: str | None = None
+) -> StageRunner:
+    """These layers as one stage, with a KV cache; without `layers` the whole model."""
+    layers = layers or LayerRange(0, checkpoint.config.num_layers)
     runner = StageRunner(
-        checkpoint.config, layers, dtype=dtype, device=torch.device("cpu"), block_size_tokens=BLOCK_TOKENS
-    )
+        checkpoint.config, layers, dtype=dtype, device=torch.device("cpu"), block_size_tokens=BLOCK_TOKENS,
+        quantization=quantization,
+    )  # fmt: skip
     load_weights(checkpoint, layers, runner.model, dtype=dtype)
     runner.allocate_kv(NUM_BLOCKS)
     return runner
@@ -128,19 +130,17 @@ def main() -> int:
             "runs": len(whole_ms),
         }
         if args.profile == name:
-            with torch.profiler.profile() as profile:  # type: ignore[no-untyped-call]
+            with cast(Any, torch.profiler.profile)() as profile:
                 whole()
             print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "what": "whole forward of one stage against its matrix products alone",
         "model": Path(args.model).name,
         "dtype": args.dtype,
         "threads": args.threads,
         "products": runner.report(),
-        "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        **here(),
         "cases": results,
     }
     print(json.dumps(report, indent=2))

@@ -10,12 +10,11 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 
+from benchmarks.report import here
 from benchmarks.servers import serving
 from gateway.bench.load import Generator, Outcome, Shape
 
@@ -78,13 +77,11 @@ def main() -> int:
     with serving(args.model, args.stages) as address:
         runs = asyncio.run(measure(address, args))
     middle = {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "what": f"{args.long_tokens} prompt tokens arrive beside {args.streams} streams",
         "model": os.path.basename(os.path.normpath(args.model)),
         "stages": args.stages,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "commit": commit.stdout.strip(),
+        **here(),
         **middle,
         "itl_p99_over_p50_before": round(
             statistics.median(run["itl_meanwhile_p99_s"] / run["itl_before_p50_s"] for run in runs), 2

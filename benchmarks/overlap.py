@@ -13,8 +13,6 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from multiprocessing.connection import Connection
@@ -24,6 +22,7 @@ import grpc
 import grpc.aio
 import torch
 
+from benchmarks.report import here
 from stages.server.frames import Assembler, StepFrame
 from stages.server.link import DATA_SERVICE, OPTIONS, Link
 from stages.server.ring import OFFER, PROOF, attached
@@ -134,7 +133,7 @@ def main() -> int:
         "what": "a compute thread beside transport",
         "payload_bytes": args.payload_bytes,
         "asked_payloads_per_s": args.payloads_per_s,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        **here(),
         "results": asyncio.run(_measure(args)),
     }
     print(json.dumps(report, indent=2))

@@ -15,11 +15,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from bisect import bisect_left, bisect_right
@@ -29,6 +26,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.report import here
 from benchmarks.servers import serving
 from gateway.bench.load import Generator, Outcome, Shape
 from gateway.bench.measure import percentiles
@@ -121,7 +119,9 @@ async def open_loop(load: Generator, seconds: float, rate: float, seed: int) -> 
     return list(await asyncio.gather(*tasks))
 
 
-def figures(results: Sequence[tuple[Outcome, float]], heartbeat: Heartbeat, began_s: float, ended_s: float) -> dict[str, Any]:
+def figures(
+    results: Sequence[tuple[Outcome, float]], heartbeat: Heartbeat, began_s: float, ended_s: float
+) -> dict[str, Any]:
     """What happened in [began_s, ended_s)."""
     served = [outcome for outcome, _ in results if not outcome.error]
     refused = [(outcome, over_s) for outcome, over_s in results if outcome.error.startswith("RESOURCE_EXHAUSTED")]
@@ -188,11 +188,10 @@ def main() -> int:
     args = parser.parse_args()
     with serving(args.model, args.stages, *FLAGS) as address:
         report = asyncio.run(measure(address, args.seconds, args.factor))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     about = {
         "model": Path(args.model).name, "stages": args.stages, "shape": [SHAPE.prompt_tokens, SHAPE.new_tokens],
         "streams": STREAMS, "queue": WAITING, "factor": args.factor, "seconds": args.seconds,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}", "commit": commit.stdout.strip(),
+        **here(),
     }  # fmt: skip
     print(json.dumps(about | report, indent=2))
     return 0

@@ -10,42 +10,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import pydoc_data.topics
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import BLOCK_TOKENS, NUM_BLOCKS, alternate, batch_of
+from benchmarks.kernels import BLOCK_TOKENS, NUM_BLOCKS, alternate, batch_of, load
+from benchmarks.report import here
 from gateway.tokenizer import load_tokenizer
 from stages.attention import AttentionContext
-from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.checkpoint import open_checkpoint
 from stages.kv_cache import KVCache
-from stages.partition import LayerRange
 from stages.runner import StageRunner
-from stages.weights import load_weights
 
 CPU = torch.device("cpu")
 KINDS = {"bfloat16": None, "int8": "int8", "int4": "int4"}
 # name: (rows, new tokens of a row, context with them)
 CASES = {"decode, 1 row": (1, 1, 200), "decode, 16 rows": (16, 1, 200), "prefill, 512 tokens": (1, 512, 512)}
-
-
-def load(checkpoint: Checkpoint, quantization: str | None) -> StageRunner:
-    """The whole model as one stage."""
-    layers = LayerRange(0, checkpoint.config.num_layers)
-    runner = StageRunner(
-        checkpoint.config, layers, dtype=torch.bfloat16, device=CPU, block_size_tokens=BLOCK_TOKENS,
-        quantization=quantization,
-    )  # fmt: skip
-    load_weights(checkpoint, layers, runner.model, dtype=torch.bfloat16)
-    runner.allocate_kv(NUM_BLOCKS)
-    return runner
 
 
 def windows(folder: Path, length: int, count: int) -> list[list[int]]:
@@ -91,7 +75,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     checkpoint = open_checkpoint(args.model)
-    runners = {name: load(checkpoint, quantization) for name, quantization in KINDS.items()}
+    runners = {
+        name: load(checkpoint, torch.bfloat16, quantization=quantization) for name, quantization in KINDS.items()
+    }
     texts = windows(checkpoint.path, args.window_tokens, args.windows)
     results: dict[str, dict[str, float]] = {name: {} for name in KINDS}
     scored = {name: [scores(runner, ids) for ids in texts] for name, runner in runners.items()}
@@ -106,15 +92,13 @@ def main() -> int:
         sides = tuple(lambda runner=runner: runner.execute(batch, None) for runner in runners.values())  # noqa: B023
         for name, times_ms in zip(runners, alternate(sides, args.runs), strict=True):
             results[name][f"{case}, ms"] = round(statistics.median(times_ms), 2)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "what": "weight-only quantization: perplexity and time",
         "model": Path(args.model).name,
         "scored_tokens": args.windows * (args.window_tokens - 1),
         "threads": args.threads,
-        "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        **here(),
         "results": results,
     }
     print(json.dumps(report, indent=2))

@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+from benchmarks.report import here
 from benchmarks.servers import serving
 from stageline.client import AsyncClient
 from stageline.inference.v1 import generation_pb2 as gen
@@ -42,7 +40,6 @@ def main() -> int:
     args = parser.parse_args()
     with serving(args.model, args.stages, "--dtype", args.dtype) as address:
         runs = asyncio.run(measure(address, args.continuations, args.continuation_tokens, args.repeats))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     median = {name: statistics.median(seconds) for name, seconds in runs.items()}
     report = {
         "what": "seconds to score continuations of one context",
@@ -51,8 +48,7 @@ def main() -> int:
         "dtype": args.dtype,
         "context_tokens": CONTEXT_TOKENS,
         "continuations": [args.continuations, args.continuation_tokens],
-        "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-        "commit": commit.stdout.strip(),
+        **here(),
         "median_s": {name: round(value, 3) for name, value in median.items()},
         "runs_s": {name: [round(value, 3) for value in seconds] for name, seconds in runs.items()},
         "cost": round(median["score"] / (median["context"] + median["continuations"]), 3),
