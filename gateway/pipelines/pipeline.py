@@ -207,8 +207,9 @@ class Pipeline:
 
     async def _watchdog(self) -> None:
         """A stage can hang in a kernel and still answer calls: what counts is that steps come back."""
-        while (oldest := self._window.oldest) is None or time.monotonic() < self._moved_s + self._stall_timeout_s:
+        while self._window.oldest is None or time.monotonic() < self._moved_s + self._stall_timeout_s:  # noqa: ASYNC110
             await asyncio.sleep(self._stall_timeout_s / 8)
+        oldest = self._window.oldest
         progress = await self.progress(PROGRESS_TIMEOUT_S)
         # The step hangs in the first stage that has not executed it.
         place = next((i for i, stage in enumerate(progress) if stage is None or stage[0] < oldest), len(progress) - 1)
