@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import grpc.aio
 
 from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
+from gateway.pipelines.protocol import StepWindow, next_claim
 from stageline.errors import StagelineError, UnavailableError
 from stageline.grpc_errors import from_rpc_error
 from stageline.stage.v1 import stage_service_pb2 as pb
@@ -55,7 +55,7 @@ class Pipeline:
         self._granted = [0] * len(stages)  # epoch that each stage granted last
         self._tasks: list[asyncio.Task[None]] = []
         self._outbox: asyncio.Queue[StepFrame] = asyncio.Queue()
-        self._sent: deque[int] = deque()  # steps that have not come back, oldest first
+        self._window = StepWindow()
         self._moved_s = 0.0  # when a step came back, or the first of several was sent; on the monotonic clock
 
     async def open(self, on_result: OnResult, on_draining: OnDraining) -> None:
@@ -93,9 +93,9 @@ class Pipeline:
 
     def send(self, step: pb.Step) -> None:
         """Queue a step. There are never more than `max_in_flight` queued: the scheduler sees to that."""
-        if not self._sent:
+        if self._window.oldest is None:
             self._moved_s = time.monotonic()
-        self._sent.append(step.step_id)
+        self._window = self._window.send(step.step_id)
         self._outbox.put_nowait(StepFrame(self.epoch, step.step_id, step.SerializeToString()))
 
     async def progress(self, timeout_s: float) -> list[tuple[int, int] | None]:
@@ -148,18 +148,16 @@ class Pipeline:
 
     async def _claim(self) -> None:
         """All stages grant the same epoch: the highest any of them issued, asked again of the lower ones."""
-        while not all(self._granted) or len(set(self._granted)) > 1:
-            for index, stage in enumerate(self.stages):
-                highest = max(self._granted)
-                if not self._granted[index] or self._granted[index] < highest:
-                    request = pb.ClaimRequest(
-                        owner_id=self._owner_id,
-                        incarnation=stage.incarnation,
-                        min_epoch=highest,
-                        lease_s=self._lease_s,
-                    )
-                    answer = await self._stubs[index].Claim(request, timeout=RPC_TIMEOUT_S)
-                    self._granted[index] = answer.epoch
+        while (claim := next_claim(self._granted)) is not None:
+            place, min_epoch = claim
+            request = pb.ClaimRequest(
+                owner_id=self._owner_id,
+                incarnation=self.stages[place].incarnation,
+                min_epoch=min_epoch,
+                lease_s=self._lease_s,
+            )
+            answer = await self._stubs[place].Claim(request, timeout=RPC_TIMEOUT_S)
+            self._granted[place] = answer.epoch
         self.epoch = self._granted[0]
 
     async def _watch_all(self, on_draining: OnDraining) -> None:
@@ -202,16 +200,16 @@ class Pipeline:
     async def _receive(self, call: grpc.aio.UnaryStreamCall[bytes, bytes], on_result: OnResult) -> None:
         async for message in call:
             result = pb.StepResult.FromString(message)
-            self._sent.popleft()
+            self._window = self._window.take(result.step_id)
             self._moved_s = time.monotonic()
             on_result(result)
         raise UnavailableError("RESULTS_ENDED", "the last stage ended its results")
 
     async def _watchdog(self) -> None:
         """A stage can hang in a kernel and still answer calls: what counts is that steps come back."""
-        while not self._sent or time.monotonic() < self._moved_s + self._stall_timeout_s:  # noqa: ASYNC110
+        while self._window.oldest is None or time.monotonic() < self._moved_s + self._stall_timeout_s:  # noqa: ASYNC110
             await asyncio.sleep(self._stall_timeout_s / 8)
-        oldest = self._sent[0]
+        oldest = self._window.oldest
         progress = await self.progress(PROGRESS_TIMEOUT_S)
         # The step hangs in the first stage that has not executed it.
         place = next((i for i, stage in enumerate(progress) if stage is None or stage[0] < oldest), len(progress) - 1)

@@ -16,6 +16,7 @@ from stageline.errors import FailedPreconditionError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.executor import StageExecutor
 from stages.server.frames import StepFrame
+from stages.server.intake import Intake
 from stages.server.link import Link
 
 T = TypeVar("T")
@@ -36,6 +37,8 @@ class Epoch:
         self._executor, self._compute = executor, compute
         self._inbox: asyncio.Queue[tuple[StepFrame, int]] = asyncio.Queue(depth_steps)
         self._outbox: asyncio.Queue[StepFrame] = asyncio.Queue(depth_steps)
+        self._intake = Intake(number)
+        self._taking = asyncio.Lock()
         self._link: Link | None = None
         self._over = self._read = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -87,12 +90,15 @@ class Epoch:
             self._waiting.discard(task)
 
     async def put(self, frame: StepFrame) -> None:
-        """Queue a step whose input is complete; waits while the queue is full."""
+        """Queue a step whose input is complete; waits while the queue is full. Raises what `Intake.admit` raises."""
         entry = (frame, time.monotonic_ns())
-        if self._over or self._inbox.full():
-            await self.until_over(self._inbox.put(entry))
-        else:
-            self._inbox.put_nowait(entry)
+        async with self._taking:  # while one stream waits for room, another must not overtake it
+            intake = self._intake.admit(epoch=frame.epoch, step_id=frame.step_id)
+            if self._over or self._inbox.full():
+                await self.until_over(self._inbox.put(entry))
+            else:
+                self._inbox.put_nowait(entry)
+            self._intake = intake
 
     async def answer(self) -> StepFrame:
         """The next answer of the last stage."""

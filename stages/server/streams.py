@@ -57,8 +57,6 @@ class DataStreams:
             while (message := await epoch.until_over(context.read())) is not _EOF:
                 if (frame := assembler.feed(message)) is None:
                     continue
-                if frame.epoch != epoch.number:
-                    raise self._stale(frame.epoch)
                 await epoch.put(frame)
                 del frame  # its memory may be shared: it is held until the step is computed, and not for longer
         except EpochOverError:

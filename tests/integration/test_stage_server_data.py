@@ -171,10 +171,26 @@ async def test_a_step_cut_off_in_its_payload_is_not_executed() -> None:
         await asyncio.wait({asyncio.ensure_future(cut.code())}, timeout=5)
         assert cut.done()
         whole = last.forward(epoch)
-        await send_hidden(whole, epoch, step(2, 64), WideRunner.hidden(2, 64))
-        assert (await result(results)).step_id == 2
-        assert last.runner.executed == [2]
+        await send_hidden(whole, epoch, step(1, 64), WideRunner.hidden(1, 64))
+        assert (await result(results)).step_id == 1
+        assert last.runner.executed == [1]
         assert last.runner.damaged == []
+
+
+async def test_a_step_is_taken_once_and_in_order_from_however_many_streams() -> None:
+    async with running() as stage:
+        epoch = await stage.start()
+        results = stage.results(epoch)
+        first, second = stage.forward(epoch), stage.forward(epoch)
+        await send(first, epoch, step(1))
+        assert (await result(results)).step_id == 1
+        for wrong in (1, 3):
+            other = stage.forward(epoch)
+            await send(other, epoch, step(wrong))
+            assert await refusal(other) == ("FAILED_PRECONDITION", "STEP_OUT_OF_ORDER")
+        await send(second, epoch, step(2))
+        assert (await result(results)).step_id == 2
+        assert stage.runner.executed == [1, 2]
 
 
 async def test_one_reader_of_answers_at_a_time() -> None:
