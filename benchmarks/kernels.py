@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,7 @@ def main() -> int:
     results = {}
     for name, (rows, new_tokens, context, target) in CASES.items():
         batch = batch_of(rows, new_tokens, context, runner.config.vocab_size)
-        whole = lambda batch=batch: runner.execute(batch, None)  # noqa: E731
+        whole = partial(runner.execute, batch, None)
         bare = products_alone(runner, rows * new_tokens, rows)
         whole_ms, bare_ms = alternate((whole, bare), args.decode_runs if new_tokens == 1 else args.prefill_runs)
         medians = statistics.median(whole_ms), statistics.median(bare_ms)
@@ -129,7 +130,7 @@ def main() -> int:
             "runs": len(whole_ms),
         }
         if args.profile == name:
-            with torch.profiler.profile() as profile:  # type: ignore[no-untyped-call]
+            with torch.profiler.profile() as profile:
                 whole()
             print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
     report = {
