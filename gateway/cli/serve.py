@@ -157,6 +157,8 @@ def _start_ray(config: Config) -> None:
     # A local cluster has no strangers to keep out, and a token file in the home directory would outlive it.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray nices its workers to 15: every other process here would go before the stages.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Serve's own chatter stays in its log files; what stages and gateway say comes through.
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     # On a busy machine the HTTP proxy needs longer than Serve's 5 s to start, and Serve gives up with a traceback.
