@@ -10,6 +10,10 @@ DECODE_SLOWDOWN = 2.35
 P that of the prefill, tokens of running streams come (T + P) / T times slower and the prompt takes (T + P) / P times as
 long as alone: 2.35 and 1.74 here. Both sides of the bargain are about as far from their limits (2.5 and 2)."""
 
+COHORT_SLOWDOWN = 8.0
+"""The same while nothing decodes that did so before the prompt arrived. Prompts that came together are best computed together:
+each small chunk pays the fixed cost of a step again, and of a burst the first to decode would pace all others."""
+
 
 def num_groups(*, num_stages: int, fixed_s: float | None, overhead_s: float | None) -> int:
     """Into how many micro-batches in flight decode sequences are dealt out.

@@ -148,6 +148,8 @@ class Ledger:
             if row.target_ids:
                 sequence.score_from = row.start + row.scored_from + len(row.target_ids) + 1
             if row.wants_output:
+                if row.is_prefill:
+                    sequence.decodes_since = self._num_added
                 self._append(sequence, tokens[sequence.sequence_id])
 
     def _append(self, sequence: Sequence, token_id: int) -> None:

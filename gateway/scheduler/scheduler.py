@@ -23,7 +23,15 @@ from __future__ import annotations
 
 from array import array
 
-from gateway.scheduler.filling import DECODE_SLOWDOWN, decode_target, num_chunks, num_groups, prefill_budget, ramp
+from gateway.scheduler.filling import (
+    COHORT_SLOWDOWN,
+    DECODE_SLOWDOWN,
+    decode_target,
+    num_chunks,
+    num_groups,
+    prefill_budget,
+    ramp,
+)
 from gateway.scheduler.ledger import Ledger
 from gateway.scheduler.micro_batch import MicroBatch, ScheduledRow
 from gateway.scheduler.sequence import Sequence
@@ -156,7 +164,8 @@ class Scheduler(Ledger):
         chunks = num_chunks(
             backlog_tokens=backlog + begun, num_stages=self.num_stages, fixed_s=self.costs.fixed_s, token_s=token_s
         )
-        most = self.costs.most_prefill_tokens(num_decodes=num_decodes, slowdown=DECODE_SLOWDOWN, context_tokens=context)
+        slowdown = DECODE_SLOWDOWN if first is not None and self._came_to_decodes(first) else COHORT_SLOWDOWN
+        most = self.costs.most_prefill_tokens(num_decodes=num_decodes, slowdown=slowdown, context_tokens=context)
         if most is not None:
             most = ramp(most, self._in_flight_prefill)
         return prefill_budget(
@@ -169,6 +178,11 @@ class Scheduler(Ledger):
             max_step_tokens=self.limits.max_step_tokens,
             min_prefill_tokens=self.limits.min_prefill_tokens,
         )
+
+    def _came_to_decodes(self, prompt: Sequence) -> bool:
+        """Whether something decoded already when it arrived."""
+        running = self._running.values()
+        return any(one.decodes_since is not None and one.decodes_since <= prompt.arrival for one in running)
 
     def _admit(self, step_id: int, rows: list[ScheduledRow], budget: int) -> None:
         """First chunks of waiting sequences, in service order, as long as tokens, rows and blocks last.

@@ -65,6 +65,8 @@ class Sequence:
     """Tokens, from position 0, whose keys and values are written and whose micro-batch has returned."""
     num_scheduled_tokens: int = 0
     """The same, with those of the micro-batches in flight."""
+    decodes_since: int | None = None
+    """How many sequences had arrived when its prefill was done: those from that number on came while it decoded."""
     first_run: bool = False
     """Whether it runs for the first time; what is computed again counts neither for nor against anybody."""
     num_cached_prompt_tokens: int = 0
@@ -163,6 +165,7 @@ class Sequence:
         self.registered = False
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
+        self.decodes_since = None
         self.in_flight_steps.clear()
         self.block_table = array("i")
         self.num_shared_blocks = 0
