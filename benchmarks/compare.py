@@ -20,8 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from operator import truediv as divide
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,7 @@ from gateway.bench.measure import checked
 SHAPE = Shape(prompt_tokens=128, new_tokens=64)
 PREFILL_TOKENS = 2048
 LIMIT = "products alone"
+WARM_STREAMS = 16
 
 
 class Contender(Protocol):
@@ -102,6 +104,16 @@ class Worker:
         return float(read_marked(self._process))
 
 
+@contextmanager
+def fresh(model: str, stages: int) -> Iterator[Contender]:
+    """A server for one turn: Ray's own processes take a tenth of a core, also while another contender is measured."""
+    with serving(model, stages) as address:
+        server = Stageline(address)
+        server.decode_rate(WARM_STREAMS)
+        server.prefill_rate(PREFILL_TOKENS)
+        yield server
+
+
 def read_marked(process: subprocess.Popen[str]) -> str:
     """The next line that is for us: other systems print what they like on stdout."""
     assert process.stdout is not None
@@ -155,21 +167,22 @@ def main() -> int:
     bandwidth = streaming_bandwidth()
     cases = [*(("decode", streams) for streams in args.streams), ("prefill", PREFILL_TOKENS)]
     with ExitStack() as stack:
-        contenders: dict[str, Contender] = {
-            f"stageline, {n} stage{'s' * (n > 1)}": Stageline(stack.enter_context(serving(args.model, n)))
-            for n in args.stages
+        entered: dict[str, Callable[[], AbstractContextManager[Contender]]] = {
+            f"stageline, {n} stage{'s' * (n > 1)}": partial(fresh, args.model, n) for n in args.stages
         }
-        contenders[LIMIT] = stack.enter_context(working(sys.executable, "products", args.model))
-        contenders["transformers"] = stack.enter_context(working(sys.executable, "transformers", args.model))
+        others = {LIMIT: (sys.executable, "products"), "transformers": (sys.executable, "transformers")}
         if args.vllm_python:
-            contenders["vllm"] = stack.enter_context(working(args.vllm_python, "vllm", args.model))
-        runs: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
+            others["vllm"] = (args.vllm_python, "vllm")
+        for name, (python, script) in others.items():
+            entered[name] = partial(nullcontext[Contender], stack.enter_context(working(python, script, args.model)))
+        runs: dict[str, dict[str, list[float]]] = {name: {} for name in entered}
         for turn in range(args.repeats + 1):
-            for kind, size in cases:
-                for name, contender in contenders.items():
-                    rate = contender.decode_rate(size) if kind == "decode" else contender.prefill_rate(size)
-                    if turn:  # the first turn warms up
-                        runs[name].setdefault(f"{kind} {size}", []).append(rate)
+            for name, enter in entered.items():
+                with enter() as contender:
+                    for kind, size in cases:
+                        rate = contender.decode_rate(size) if kind == "decode" else contender.prefill_rate(size)
+                        if turn:  # the first turn warms up
+                            runs[name].setdefault(f"{kind} {size}", []).append(rate)
             so_far = {name: {case: round(rates[-1], 1) for case, rates in by.items()} for name, by in runs.items()}
             print(f"turn {turn} of {args.repeats}: {json.dumps(so_far)}", file=sys.stderr, flush=True)
     weights = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
