@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from operator import truediv as divide
 from pathlib import Path
@@ -114,6 +114,12 @@ def fresh(model: str, stages: int) -> Iterator[Contender]:
         yield server
 
 
+@contextmanager
+def resident(contender: Contender) -> Iterator[Contender]:
+    """One that stays over all turns: it loads for minutes, and takes no time while it waits."""
+    yield contender
+
+
 def read_marked(process: subprocess.Popen[str]) -> str:
     """The next line that is for us: other systems print what they like on stdout."""
     assert process.stdout is not None
@@ -174,7 +180,8 @@ def main() -> int:
         if args.vllm_python:
             others["vllm"] = (args.vllm_python, "vllm")
         for name, (python, script) in others.items():
-            entered[name] = partial(nullcontext[Contender], stack.enter_context(working(python, script, args.model)))
+            worker = stack.enter_context(working(python, script, args.model))
+            entered[name] = partial(resident, worker)
         runs: dict[str, dict[str, list[float]]] = {name: {} for name in entered}
         for turn in range(args.repeats + 1):
             for name, enter in entered.items():

@@ -3,9 +3,14 @@ tokens a second out."""
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
+
+os.environ.setdefault(
+    "VLLM_CPU_KVCACHE_SPACE", "4"
+)  # GiB; by itself it takes nearly all memory, which others here use too
 
 from vllm import LLM, SamplingParams  # in its own environment
 
