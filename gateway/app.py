@@ -141,6 +141,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "device": config.stages.device,
         "batch_invariant": config.model.batch_invariant,
         "debug_kv": config.kv_cache.debug,
+        "cuda_graphs": config.stages.cuda_graphs,
         "block_size_tokens": config.block_size_tokens(),
         "kv_memory_bytes": config.kv_cache.memory_bytes,
         "num_blocks": config.kv_cache.num_blocks,

@@ -60,6 +60,7 @@ class StagesSection(_Section):
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where stages compute; the CUDA path has not run on a GPU"
     )
+    cuda_graphs: bool = Field(False, description="decode steps as CUDA graphs; not yet run on a GPU")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a stage; default: cores / stages")
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray reserves for a stage")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for a stage")

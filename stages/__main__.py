@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="hub revision")
     parser.add_argument("--batch-invariant", action="store_true", help="bits do not depend on neighbours (slower)")
     parser.add_argument("--debug-kv", action="store_true", help="check on every read what a KV slot holds (slow)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="decode steps as CUDA graphs; not yet run on a GPU")
     parser.add_argument("--block-size-tokens", type=int, help="tokens of a KV block; default 16, on CUDA 256")
     parser.add_argument("--kv-memory-bytes", type=int, help="bytes of the KV cache; default 1 GiB on the CPU")
     parser.add_argument("--num-blocks", type=int, help="KV blocks, instead of --kv-memory-bytes")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from stageline.errors import ConfigError, InternalError
 from stages.checkpoint import open_checkpoint
 from stages.executor import StageExecutor
+from stages.graphs import CudaRecorder
 from stages.partition import LayerRange
 from stages.runner import StageRunner
 from stages.server.access import StageAccess
@@ -33,7 +34,7 @@ DEFAULT_CPU_KV_BYTES = 1 << 30
 CUDA_KV_FRACTION = 0.9  # of the memory that is free once the weights are loaded
 
 
-async def _on_thread_of_its_own(function: Callable[[], _Result]) -> _Result:
+async def on_ending_thread(function: Callable[[], _Result]) -> _Result:
     """The result of `function`, from a thread that ends with it.
 
     A thread that lives on keeps its OpenMP pool. With it and the compute thread's, libgomp counts more threads than cores and no
@@ -64,7 +65,7 @@ class StageReplica:
         spec = self.spec
         access = StageAccess(**{name: getattr(spec, name) for name in ACCESS_FIELDS})
         listener = Listener(spec.host, spec.port, access)
-        executor, fingerprint, capacity = await _on_thread_of_its_own(self._load)
+        executor, fingerprint, capacity = await on_ending_thread(self._load)
         self._server = StageServer(
             executor,
             fingerprint=fingerprint,
@@ -102,15 +103,17 @@ class StageReplica:
                 field="stages.layers",
             )  # fmt: skip
         checkpoint.verify_index(layers)
+        device = torch.device(spec.device)
         runner = StageRunner(
             config,
             layers,
             dtype=DTYPES[spec.dtype],
-            device=torch.device(spec.device),
+            device=device,
             batch_invariant=spec.batch_invariant,
             block_size_tokens=spec.block_size_tokens,
             debug_kv=spec.debug_kv,
             quantization=spec.quantization,
+            recorder=CudaRecorder(device) if spec.cuda_graphs else None,
         )
         hide = True if self._progress is not None else None  # None: a bar only on a terminal
         with tqdm(desc=f"layers {layers}", unit="B", unit_scale=True, file=sys.stderr, disable=hide) as bar:

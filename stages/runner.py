@@ -14,6 +14,7 @@ from stages.attention.portable import PortableAttention
 from stages.attention.self_check import self_check
 from stages.batch import StepBatch
 from stages.config import ModelConfig
+from stages.graphs import DecodeGraphs, Recorder
 from stages.kv_cache import KVCache, KVTags
 from stages.models.qwen2 import Qwen2Stage
 from stages.partition import LayerRange, kv_bytes_per_token
@@ -39,10 +40,12 @@ class StageRunner:
         packed_weights: bool = True,
         debug_kv: bool = False,
         quantization: str | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """`packed_weights=False` keeps weights in the checkpoint's layout: the slow twin of the CPU's packed products.
         `debug_kv` tags every KV slot and checks the tags of all that a row reads (slow).
-        `quantization` is None, int8 or int4 (weights only). Raises ConfigError where the device has no kernel for it."""
+        `quantization` is None, int8 or int4 (weights only). Raises ConfigError where the device has no kernel for it.
+        `recorder` makes graphs of decode steps, where the attention backend can be recorded."""
         if quantization is not None and device.type != "cpu":
             raise ConfigError(
                 "QUANTIZATION_DEVICE",
@@ -70,6 +73,8 @@ class StageRunner:
             if not check.passed:
                 attention = PortableAttention()
                 self.attention_report += "; using the portable backend"
+        self._recorder = recorder if attention.tensors_only else None
+        self._graphs: DecodeGraphs | None = None
         self.model = Qwen2Stage(
             config,
             layers,
@@ -87,13 +92,13 @@ class StageRunner:
     def kv_capacity_blocks(self, memory_bytes: int) -> int:
         """KV blocks that fit in `memory_bytes`."""
         block = kv_bytes_per_token(self.config, self.layers, self.dtype.itemsize) * self.block_size_tokens
-        return memory_bytes // block
+        return max(0, memory_bytes // block - self._num_spare_blocks)
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Make the KV cache; one of the same size is kept, since every slot is written before it is read."""
         self._tags = KVTags(num_blocks, self.block_size_tokens) if self._debug_kv else None
         if self._kv is None or self._kv.num_blocks != num_blocks:
-            self._kv = None  # free the old one first
+            self._kv = self._graphs = None  # free the old one first
             self._kv = KVCache(
                 self.config,
                 self.layers,
@@ -101,7 +106,15 @@ class StageRunner:
                 block_size_tokens=self.block_size_tokens,
                 dtype=self.dtype,
                 device=self.device,
+                spare_blocks=self._num_spare_blocks,
             )
+            if self._recorder is not None:
+                self._graphs = DecodeGraphs(self.model, self._kv, self._recorder, dtype=self.dtype, device=self.device)
+
+    @property
+    def _num_spare_blocks(self) -> int:
+        """KV blocks beside the pipeline's."""
+        return 0 if self._recorder is None else 1
 
     @property
     def num_blocks(self) -> int:
@@ -110,7 +123,8 @@ class StageRunner:
 
     def report(self) -> str:
         """How this stage computes, and what was refused on this machine: attention, and the products loaded so far."""
-        return f"attention: {self.attention_report}; {self.model.products.report()}"
+        graphs = "" if self._recorder is None else "; decode steps as CUDA graphs"
+        return f"attention: {self.attention_report}{graphs}; {self.model.products.report()}"
 
     @torch.inference_mode()
     def execute(
@@ -134,7 +148,11 @@ class StageRunner:
         )
         if len(fresh):
             self._kv.clear(fresh)
-        hidden_TD = self.model(input_T, AttentionContext.from_batch(batch, arrays), self._kv)
+        context = AttentionContext.from_batch(batch, arrays)
+        if self._graphs is not None and self._graphs.takes(context):
+            hidden_TD = self._graphs.run(input_T, context)
+        else:
+            hidden_TD = self.model(input_T, context, self._kv)
         if not self.model.is_last:
             return hidden_TD.contiguous()
         if on_scored is not None:

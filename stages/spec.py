@@ -46,6 +46,7 @@ class StageSpec:
     device: str = "cpu"
     batch_invariant: bool = False
     debug_kv: bool = False
+    cuda_graphs: bool = False
     quantization: str | None = None
     hidden_dtype: str | None = None
     block_size_tokens: int = 16
@@ -77,8 +78,10 @@ class StageSpec:
         self._check("quantization", fits, f"one of {', '.join(QUANTIZATIONS)}, or not set")
         fits = self.hidden_dtype is None or self.hidden_dtype in HIDDEN_DTYPES
         self._check("hidden_dtype", fits, f"one of {', '.join(HIDDEN_DTYPES)}, or not set")
-        for name in ("batch_invariant", "debug_kv"):
+        for name in ("batch_invariant", "debug_kv", "cuda_graphs"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
+        recorded = not self.cuda_graphs or (self.device == "cuda" and not self.batch_invariant)
+        self._check("cuda_graphs", recorded, "false on the CPU and in batch-invariant mode")
         seconds = self.stall_timeout_s
         self._check("stall_timeout_s", isinstance(seconds, int | float) and seconds > 0, "a number of seconds over 0")
         for name, low, high in _INTEGERS:

@@ -48,7 +48,7 @@ class Outcome:
 
 
 class Generator:
-    """Sends greedy requests with random prompts, which no prefix cache knows."""
+    """Sends greedy requests with random prompts, which no prefix cache knows beyond the prefix that is given."""
 
     def __init__(
         self,
@@ -80,18 +80,22 @@ class Generator:
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
-    async def run(self, shape: Shape) -> Outcome:
-        """One request to its end."""
+    def tokens(self, count: int) -> list[int]:
+        """Random token ids."""
+        return [self._random.randrange(self.model.vocab_size) for _ in range(count)]
+
+    async def run(self, shape: Shape, prefix: Sequence[int] = ()) -> Outcome:
+        """One request to its end; its prompt begins with `prefix`."""
         outcome = Outcome(shape, time.perf_counter())
-        await self.run_into(outcome)
+        await self.run_into(outcome, prefix)
         return outcome
 
-    async def run_into(self, outcome: Outcome) -> None:
+    async def run_into(self, outcome: Outcome, prefix: Sequence[int] = ()) -> None:
         """The same, written down as it goes on."""
         shape = outcome.shape
         self._sent += 1
         stub = self._stubs[self._sent % NUM_CHANNELS]
-        ids = [self._random.randrange(self.model.vocab_size) for _ in range(shape.prompt_tokens)]
+        ids = [*prefix, *self.tokens(shape.prompt_tokens - len(prefix))]
         request = pb.StreamGenerateRequest(
             generation=gen.Generation(
                 token_ids=gen.TokenIds(ids=ids),

@@ -3,7 +3,8 @@
 Ways, each moving the same bytes to a receiver in another process that answers when it has them all, so a figure is a
 round trip: `frames` (what stages of two hosts use: 1 MiB frames without protobuf), `shared` (what stages of one host use:
 one copy into memory that both see, where the receiver computes from it), `message` (one protobuf-like gRPC message),
-`socket` (a plain TCP connection), and `copy` (a copy in memory, no transport at all).
+`socket` (a plain TCP connection), `copy` (a copy in memory, no transport at all) and, given certificates, `frames_tls`
+(frames under the mutual TLS of stages).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import multiprocessing
 import socket
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 from google.protobuf import wrappers_pb2
 
 from gateway.bench.measure import Figures
+from stages.server.access import OPEN, StageAccess
 from stages.server.frames import Assembler, StepFrame, encode, encode_shared
 from stages.server.ring import OFFER, PROOF, ReceiveRing, SendRing
 
@@ -30,17 +33,26 @@ OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_leng
 FRAMES, SHARED, MESSAGE = (f"/stageline.bench/{name}" for name in ("Frames", "Shared", "Message"))
 
 
-async def transport(payload_bytes: int, repeats: int) -> Figures:
-    """GB/s of each way, the median of `repeats` runs taken in turn."""
+async def transport(payload_bytes: int, repeats: int, tls: Mapping[str, str] | None = None) -> Figures:
+    """GB/s of each way, the median of `repeats` runs taken in turn. `tls` has the fields of StageAccess.
+
+    Raises ConfigError for certificates that cannot be used, grpc.aio.AioRpcError where they are not accepted.
+    """
+    access = StageAccess(**tls) if tls else OPEN
     parent, child = multiprocessing.Pipe()
-    receiver = multiprocessing.get_context("spawn").Process(target=_receiver, args=(child,), daemon=True)
+    receiver = multiprocessing.get_context("spawn").Process(target=_receiver, args=(child, tls), daemon=True)
     receiver.start()
-    grpc_port, socket_port = await asyncio.to_thread(parent.recv)
+    grpc_port, tls_port, socket_port = await asyncio.to_thread(parent.recv)
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}", options=OPTIONS) as channel:
+        async with (
+            grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}", options=OPTIONS) as channel,
+            access.channel(f"127.0.0.1:{tls_port}", OPTIONS) as secure,
+        ):
             plain = socket.create_connection(("127.0.0.1", socket_port))
-            payload = np.random.default_rng(0).integers(0, 256, payload_bytes, np.uint8)
+            payload: Any = np.random.default_rng(0).integers(0, 256, payload_bytes, np.uint8)
             ways = {**_ways(channel, plain, payload), "shared": await _shared_way(channel, payload)}
+            if tls:
+                ways["frames_tls"] = partial(_send_frames, secure, memoryview(payload))
             runs: dict[str, list[float]] = {name: [] for name in ways}
             for turn in range(repeats + 1):
                 for name, way in ways.items():
@@ -53,7 +65,7 @@ async def transport(payload_bytes: int, repeats: int) -> Figures:
         receiver.kill()
         receiver.join()
     rates = {name: payload_bytes / statistics.median(times) / 1e9 for name, times in runs.items()}
-    return {
+    figures = {
         "payload_bytes": payload_bytes,
         "gigabytes_per_s": {name: round(rate, 3) for name, rate in rates.items()},
         "frames_to_message": round(rates["frames"] / rates["message"], 2),
@@ -61,22 +73,26 @@ async def transport(payload_bytes: int, repeats: int) -> Figures:
         "shared_to_copy": round(rates["shared"] / rates["copy"], 2),
         "runs": repeats,
     }
+    if tls:
+        figures["tls_to_frames"] = round(rates["frames_tls"] / rates["frames"], 2)
+    return figures
+
+
+async def _send_frames(channel: grpc.aio.Channel, payload: memoryview) -> None:
+    stream: Any = channel.stream_unary(FRAMES, request_serializer=None, response_deserializer=None)
+    call = stream()
+    for part in encode(StepFrame(1, 1, b"", payload=payload)):
+        await call.write(part)
+    await call.done_writing()
+    await call
 
 
 def _ways(channel: grpc.aio.Channel, plain: socket.socket, data: Any) -> dict[str, Callable[[], Awaitable[None]]]:
     payload = memoryview(data)
     target = np.empty_like(data)
-    stream: Any = channel.stream_unary(FRAMES, request_serializer=None, response_deserializer=None)
     message: Any = channel.unary_unary(
         MESSAGE, request_serializer=wrappers_pb2.BytesValue.SerializeToString, response_deserializer=None
     )
-
-    async def frames() -> None:
-        call = stream()
-        for part in encode(StepFrame(1, 1, b"", payload=payload)):
-            await call.write(part)
-        await call.done_writing()
-        await call
 
     async def one_message() -> None:
         await message(wrappers_pb2.BytesValue(value=payload.tobytes()))
@@ -92,7 +108,7 @@ def _ways(channel: grpc.aio.Channel, plain: socket.socket, data: Any) -> dict[st
     async def copy() -> None:
         np.copyto(target, data)
 
-    return {"frames": frames, "message": one_message, "socket": tcp, "copy": copy}
+    return {"frames": partial(_send_frames, channel, payload), "message": one_message, "socket": tcp, "copy": copy}
 
 
 async def _shared_way(channel: grpc.aio.Channel, data: Any) -> Callable[[], Awaitable[None]]:
@@ -114,11 +130,11 @@ async def _shared_way(channel: grpc.aio.Channel, data: Any) -> Callable[[], Awai
     return shared
 
 
-def _receiver(ready: Connection) -> None:
-    asyncio.run(_receive(ready))
+def _receiver(ready: Connection, tls: Mapping[str, str] | None) -> None:
+    asyncio.run(_receive(ready, StageAccess(**tls) if tls else OPEN))
 
 
-async def _receive(ready: Connection) -> None:
+async def _receive(ready: Connection, access: StageAccess) -> None:
     async def frames(requests: Any, context: Any) -> bytes:
         assembler, complete = Assembler(), None
         while (part := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
@@ -147,12 +163,12 @@ async def _receive(ready: Connection) -> None:
             message, request_deserializer=wrappers_pb2.BytesValue.FromString, response_serializer=None
         ),
     }
-    server = grpc.aio.server(options=OPTIONS)
+    server = access.server(OPTIONS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("stageline.bench", handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    ports = server.add_insecure_port("127.0.0.1:0"), access.bind(server)("127.0.0.1:0")
     await server.start()
     listener = socket.create_server(("127.0.0.1", 0))
-    ready.send((port, listener.getsockname()[1]))
+    ready.send((*ports, listener.getsockname()[1]))
     await asyncio.to_thread(_drain_socket, listener)
     await asyncio.Event().wait()  # the parent ends this process
 

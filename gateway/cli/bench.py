@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
 
 async def _measure(args: argparse.Namespace, connection: Connection) -> Figures:
     if args.what == "transport":
-        return await transport(args.payload_bytes, args.repeats)
+        names = ("certificate_file", "key_file", "ca_file", "server_name")
+        tls = {name: value for name in names if (value := getattr(args, name))}
+        return await transport(args.payload_bytes, args.repeats, tls)
     if args.what == "load":
         return await asyncio.to_thread(loading, args.model, args.layers, args.dtype, args.repeats)
     how: dict[str, Any] = {

@@ -51,6 +51,9 @@ class AttentionBackend(Protocol):
     """Causal attention of a micro-batch over paged keys and values that already hold the batch's own tokens."""
 
     name: str
+    tensors_only: bool
+    """Whether `forward` looks at the context's tensors and number of rows alone (and takes larger lengths than the true ones among
+    its Python numbers), so that a graph may record it."""
 
     def forward(
         self, q_TNH: Tensor, keys_BSKH: Tensor, values_BSKH: Tensor, context: AttentionContext, window: int | None

@@ -13,6 +13,7 @@ class InvariantAttention:
     """One query at a time: bits depend on the query's own history only, not on neighbours, chunking or prefill."""
 
     name = "invariant"
+    tensors_only = False
 
     def forward(
         self, q_TNH: Tensor, keys_BSKH: Tensor, values_BSKH: Tensor, context: AttentionContext, window: int | None

@@ -64,6 +64,7 @@ class PortableAttention:
     """Decode rows in few padded calls, prefill rows one by one."""
 
     name = "portable"
+    tensors_only = False
 
     def forward(
         self, q_TNH: Tensor, keys_BSKH: Tensor, values_BSKH: Tensor, context: AttentionContext, window: int | None

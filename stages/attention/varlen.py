@@ -20,6 +20,7 @@ class VarlenAttention:
     """The CUDA backend."""
 
     name = "varlen"
+    tensors_only = True
 
     def __init__(self, *, block_size_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raises ConfigError for what the kernel would compute wrongly instead of refusing."""

@@ -21,13 +21,15 @@ class KVCache:
         block_size_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        spare_blocks: int = 0,
     ) -> None:
-        shape = (num_blocks, block_size_tokens, config.num_kv_heads, config.head_dim)
+        """`spare_blocks` come after the others and belong to nobody."""
+        shape = (num_blocks + spare_blocks, block_size_tokens, config.num_kv_heads, config.head_dim)
         # Zeros, not garbage: reads past a row's context are masked out, but NaN times zero is NaN.
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(len(layers))]
         self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(len(layers))]
         self._first = layers.start_layer
-        self.num_blocks = num_blocks
+        self.num_blocks, self.spare_blocks = num_blocks, spare_blocks
         self.block_size_tokens = block_size_tokens
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ container. No torch here.
 
 The memory is a memfd: it has no name, so whatever dies at whatever moment, the kernel frees it with the last mapping, and
 the size of /dev/shm does not matter. It is sealed against shrinking, so that no peer can make the other's reads fault.
-It takes memory page by page as it is used. A ring belongs to one stream, thus to one epoch: an owner that was fenced
+It takes memory as it is used, page by page (huge ones where the system has them). A ring belongs to one stream, thus to one epoch: an owner that was fenced
 writes into memory that nobody reads any more.
 
     offset 0     16 bytes  the sender's token
@@ -18,6 +18,7 @@ writes into memory that nobody reads any more.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hmac
 import logging
@@ -56,7 +57,7 @@ class SendRing:
         try:
             os.ftruncate(self._fd, _DATA_OFFSET + self.size_bytes)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map: Any = mmap.mmap(self._fd, _DATA_OFFSET + self.size_bytes)
+            self._map: Any = _mapped(self._fd, _DATA_OFFSET + self.size_bytes)
         except BaseException:
             os.close(self._fd)
             raise
@@ -130,7 +131,7 @@ class ReceiveRing:
                 raise ValueError(f"{path} has {found.st_size} bytes, expected {_DATA_OFFSET + size}")
             if fcntl.fcntl(own, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                 raise ValueError(f"{path} is not sealed")
-            self._map: Any = mmap.mmap(own, _DATA_OFFSET + size)
+            self._map: Any = _mapped(own, _DATA_OFFSET + size)
         finally:
             os.close(own)
         self.size_bytes = size
@@ -194,6 +195,14 @@ def attached(offer: str) -> ReceiveRing | None:
     except (OSError, ValueError, OverflowError) as error:
         _LOG.info("no shared memory with the sender, payloads come in frames: %s", error)
         return None
+
+
+def _mapped(fd: int, num_bytes: int) -> mmap.mmap:
+    """Shared memory, in huge pages where the system has them: with small ones the copy waits for address translation."""
+    memory = mmap.mmap(fd, num_bytes)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _round_up(value: int, multiple: int) -> int:

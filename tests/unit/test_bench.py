@@ -9,6 +9,7 @@ from gateway.bench.measure import checked, latency, percentiles, throughput
 from gateway.bench.transport import transport
 from gateway.cli import main
 from stageline.errors import UnavailableError
+from tests.certificates import Authority
 
 SHAPE = Shape(prompt_tokens=100, new_tokens=5)
 
@@ -48,9 +49,11 @@ def test_percentiles() -> None:
     assert percentiles([i / 1000 for i in range(1, 101)]) == {"p50": 51.0, "p90": 91.0, "p99": 100.0}
 
 
-async def test_transport_moves_the_bytes() -> None:
-    figures = await transport(3 << 20, 1)
-    assert set(figures["gigabytes_per_s"]) == {"frames", "shared", "message", "socket", "copy"}
+@pytest.mark.parametrize("secure", [False, True])
+async def test_transport_moves_the_bytes(tmp_path, secure: bool) -> None:
+    figures = await transport(3 << 20, 1, Authority("stages").issue(tmp_path / "tls") if secure else None)
+    ways = {"frames", "shared", "message", "socket", "copy"} | ({"frames_tls"} if secure else set())
+    assert set(figures["gigabytes_per_s"]) == ways
     assert all(rate > 0 for rate in figures["gigabytes_per_s"].values())
 
 

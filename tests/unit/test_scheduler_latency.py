@@ -76,6 +76,36 @@ def test_a_long_prompt_and_running_streams_hardly_hold_each_other_up(num_stages:
     assert first_token_s <= 2 * alone_s
 
 
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_of_prompts_that_come_together_the_first_to_decode_does_not_pace_the_others(num_stages: int) -> None:
+    last_first_token_s = {}
+    for num_new_tokens in (1, 64):
+        pipeline = make_pipeline(num_stages)
+        warm_up(pipeline)
+        begun_s = pipeline.now_s
+        for sequence_id in range(16):
+            pipeline.add(sequence_id, 128, num_new_tokens)
+        pipeline.run(lambda pipeline=pipeline: all(pipeline.token_times[i] for i in range(16)))
+        last_first_token_s[num_new_tokens] = pipeline.now_s - begun_s
+    assert last_first_token_s[64] <= 1.35 * last_first_token_s[1]
+
+
+def test_a_prompt_that_comes_to_streams_is_paced_though_others_come_with_it() -> None:
+    pipeline = make_pipeline(1)
+    warm_up(pipeline)
+    pipeline.add(0, 128, 2000)
+    pipeline.run(lambda: len(pipeline.token_times[0]) > 100)
+    before = gaps(pipeline.token_times[0][-50:])
+    for sequence_id in range(1, 9):
+        pipeline.add(sequence_id, 512, 64)
+    begun_s = pipeline.now_s
+    pipeline.run(lambda: all(pipeline.token_times[i] for i in range(1, 9)))
+    during = gaps([time_s for time_s in pipeline.token_times[0] if time_s >= begun_s])
+    assert quantile(during, 0.99) <= 3 * quantile(before, 0.5), (
+        "2.35 beside the stream alone; prompts that are done decode too"
+    )
+
+
 @pytest.mark.parametrize(
     ("num_stages", "overhead_s", "fixed_s", "num_groups"),
     [
