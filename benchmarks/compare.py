@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -137,12 +138,14 @@ def working(python: str, name: str, model: str) -> Iterator[Contender]:
         ["-m", f"benchmarks.{script.stem}"] if python == sys.executable else ["-P", str(script)]
     )  # -P: `kernels` beside it is not the package
     command = [python, *what, model, str(SHAPE.prompt_tokens), str(SHAPE.new_tokens)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         read_marked(process)  # loaded
         yield Worker(process)
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
         process.wait()
 
 

@@ -20,11 +20,10 @@ import torch
 
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.partition import LayerRange, tensor_shapes
-from stages.runner import StageRunner
+from stages.runner import DTYPES, StageRunner
 from stages.weights import load_weights
 from stages.weights.reading import FilePart, find_parts
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUFFER_BYTES = 8 << 20
 KV_BYTES = 64 << 20
 

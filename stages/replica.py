@@ -18,7 +18,7 @@ from stages.checkpoint import open_checkpoint
 from stages.executor import StageExecutor
 from stages.graphs import CudaRecorder
 from stages.partition import LayerRange
-from stages.runner import StageRunner
+from stages.runner import DTYPES, StageRunner
 from stages.server.access import StageAccess
 from stages.server.server import Listener, StageServer
 from stages.spec import ACCESS_FIELDS, StageSpec
@@ -29,7 +29,6 @@ __all__ = ["StageReplica", "StageSpec"]
 _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_CPU_KV_BYTES = 1 << 30
 CUDA_KV_FRACTION = 0.9  # of the memory that is free once the weights are loaded
 

@@ -20,6 +20,9 @@ from stages.models.qwen2 import Qwen2Stage
 from stages.partition import LayerRange, kv_bytes_per_token
 from stages.transfers import transfers_for
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What weights and hidden states are computed in, by name; StageSpec's `dtype`."""
+
 SCORED_AT_ONCE = 128
 """Tokens whose logits are there together while a prompt is scored: 78 MB at a vocabulary of 152,064. Many enough that reading
 `lm_head` for them costs less than multiplying with it."""

@@ -138,3 +138,9 @@ class Visit:
 
 
 current: ContextVar[Visit | None] = ContextVar("visit", default=None)
+
+
+def tenant() -> str:
+    """Whose call this is; empty where everybody is one tenant."""
+    visit = current.get()
+    return visit.account.tenant if visit is not None else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -91,6 +91,20 @@ class Accepted:
     show_logprobs: bool = True
     echo: str = ""
     parse_tools: bool = False
+
+
+@contextmanager
+def _logged(request_id: str, counts: Callable[[], str]) -> Iterator[None]:
+    """Around a request's work: a line in the log about how it ended, with its counts of then."""
+    started_s, outcome = time.monotonic(), "cancelled"
+    try:
+        yield
+        outcome = "done"
+    except Exception as error:
+        outcome = getattr(error, "reason", type(error).__name__)
+        raise
+    finally:
+        logger.info("request %s: %s, %s in %.3f s", request_id, outcome, counts(), time.monotonic() - started_s)
 
 
 class Frontend:
@@ -179,8 +193,10 @@ class Frontend:
         if request.resume_token_ids:
             post.resume(request.first_choice, self._text_so_far(request))
         visit = visits.current.get()
-        started_s, num_tokens, outcome = time.monotonic(), 0, "cancelled"
-        try:
+        num_tokens = 0
+        with _logged(
+            request.request_id, lambda: f"{len(request.prompt_token_ids)} prompt tokens, {num_tokens} generated"
+        ):
             async with aclosing(deltas):
                 async for delta in deltas:
                     num_tokens += len(delta.token_ids)
@@ -188,15 +204,6 @@ class Frontend:
                         visit.charge(len(delta.token_ids))
                     for one in post.apply(delta):
                         yield one
-            outcome = "done"
-        except Exception as error:
-            outcome = getattr(error, "reason", type(error).__name__)
-            raise
-        finally:
-            logger.info(
-                "request %s: %s, %d prompt tokens, %d generated in %.3f s", request.request_id, outcome,
-                len(request.prompt_token_ids), num_tokens, time.monotonic() - started_s,
-            )  # fmt: skip
 
     async def collect(self, accepted: Accepted) -> Answer:
         """The whole answer."""
@@ -217,21 +224,14 @@ class Frontend:
         if (visit := visits.current.get()) is not None:
             request = visit.admit_score(request)
         scores = cast("AsyncGenerator[ContinuationScore]", self.engine.score(request))
-        started_s, outcome = time.monotonic(), "cancelled"
         found: dict[int, ContinuationScore] = {}
-        try:
+        with _logged(
+            request.request_id,
+            lambda: f"{len(context)} context tokens, {len(found)} of {len(continuations)} continuations scored",
+        ):
             async with aclosing(scores):
                 async for score in scores:
                     found[score.index] = score
-            outcome = "done"
-        except Exception as error:
-            outcome = getattr(error, "reason", type(error).__name__)
-            raise
-        finally:
-            logger.info(
-                "request %s: %s, %d context tokens, %d of %d continuations scored in %.3f s", request.request_id, outcome,
-                len(context), len(found), len(continuations), time.monotonic() - started_s,
-            )  # fmt: skip
         return Scored(
             request=request,
             scores=[found[place] for place in range(len(continuations))],

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
 
 from gateway.api.service import Frontend
 from gateway.batch.database import Database
 from gateway.batch.run_line import LineRunner
 from gateway.batch.service import BatchService
 from gateway.batch.state_url import path_of
+from gateway.config import BatchSection
 
 
-class BatchSettings(Protocol):
-    """Section `batch` of the configuration."""
-
-    @property
-    def state_url(self) -> str | None: ...
-    @property
-    def max_concurrency(self) -> int: ...
-    @property
-    def max_lines(self) -> int: ...
-    @property
-    def max_file_bytes(self) -> int: ...
-
-
-async def open_batches(frontend: Frontend, settings: BatchSettings) -> BatchService | None:
+async def open_batches(frontend: Frontend, settings: BatchSection) -> BatchService | None:
     """A running service, or None where there is no place for its state. Raises ConfigError for one that cannot be used."""
     if settings.state_url is None:
         return None

@@ -54,12 +54,13 @@ def make_plan(batch_id: str, lines: Iterable[tuple[int, bytes]], endpoint: str, 
             field="input", count=total, limit=max_lines,
         )  # fmt: skip
     if duplicates:
-        named = "; ".join(f"{name[:64]!r} in lines {first} and {again}" for name, first, again in duplicates[:10])
+        named_first = duplicates[:MAX_NAMED_DUPLICATES]
+        named = "; ".join(f"{name[:64]!r} in lines {first} and {again}" for name, first, again in named_first)
         more = len(duplicates) - MAX_NAMED_DUPLICATES
         raise InvalidArgumentError(
             "CUSTOM_ID_DUPLICATE",
             f"every custom_id may occur once: {named}{f' and {more} more' if more > 0 else ''}",
-            field="custom_id", count=len(duplicates), lines=",".join(str(again) for *_, again in duplicates[:10]),
+            field="custom_id", count=len(duplicates), lines=",".join(str(again) for *_, again in named_first),
         )  # fmt: skip
     return Plan(shown or ENDPOINTS[0], total, tuple(problems))
 

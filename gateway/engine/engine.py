@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from gateway.autoscale.policy import Demand
@@ -43,6 +43,8 @@ IDLE_CHECK_PERIOD_S = 0.5
 @dataclass(slots=True)
 class _Request:
     queued: bool = False  # every sequence of it has its place in a queue
+    parts: Sequence[ChoiceState | Track] = ()
+    timer: asyncio.TimerHandle | None = None  # ends them at the deadline
 
 
 class Engine:
@@ -128,38 +130,24 @@ class Engine:
         Raises for this request only: DeadlineExceededError, ResourceExhaustedError (queue full), UnavailableError
         (stopping), InvalidArgumentError (could never be held), InternalError (a stage could not execute its step).
         """
-        deltas = Deltas(self._unread)
-        choices: list[ChoiceState] = []
-        timer = None
-        with self._counted() as counted:
-            try:
-                choices += (
-                    self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)
-                )
-                num_tokens = request.num_choices * len(request.prompt_token_ids)
-                lane = await self._place(choices[0].sequence, num_tokens, request.deadline_s)
-                timer = self._timer(choices, request.deadline_s)
-                for choice in choices:
-                    if not choice.ended:  # a resumed generation may have ended already
-                        lane.add(choice)
-                counted.queued = True
-                lane.pump()
-                num_open = len(choices)
-                while num_open:
-                    delta = await deltas.get()
-                    if isinstance(delta, StagelineError):
-                        raise delta
-                    num_open -= delta.finish_reason is not None
-                    yield delta
-            finally:
-                if timer is not None:
-                    timer.cancel()
-                self._end(choices, None)
-                deltas.close()
+        with closing(Deltas(self._unread)) as deltas, self._counted() as counted:
+            choices = [self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)]
+            num_tokens = request.num_choices * len(request.prompt_token_ids)
+            lane = await self._place(choices[0].sequence, num_tokens, request.deadline_s)
+            # A resumed generation may have ended already.
+            self._queue(lane, counted, [choice for choice in choices if not choice.ended], request.deadline_s)
+            num_open = len(choices)
+            while num_open:
+                delta = await deltas.get()
+                if isinstance(delta, StagelineError):
+                    raise delta
+                num_open -= delta.finish_reason is not None
+                yield delta
 
     @contextmanager
     def _counted(self) -> Iterator[_Request]:
-        """Around all that a request does: counts it and how it ends. Whatever is here outside of it is a leak."""
+        """Around all that a request does: counts it and how it ends, and ends what is left of it. Whatever is here outside of it
+        is a leak."""
         self._num_open += 1
         self._unchecked = True
         request = _Request()
@@ -173,7 +161,23 @@ class Engine:
             self.metrics.cancelled()
             raise
         finally:
+            if request.timer is not None:
+                request.timer.cancel()
+            self._end(request.parts, None)
             self._num_open -= 1
+
+    def _queue(
+        self, lane: Lane, counted: _Request, parts: Sequence[ChoiceState | Track], deadline_s: float | None
+    ) -> None:
+        """Give the parts of a request to a lane until its deadline. Raises what `Lane.add` raises."""
+        counted.parts = parts
+        if deadline_s is not None:
+            loop = asyncio.get_running_loop()
+            counted.timer = loop.call_later(_remaining(deadline_s), self._end, parts, deadline_exceeded())
+        for part in parts:
+            lane.add(part)
+        counted.queued = True
+        lane.pump()
 
     def leaks(self) -> tuple[str, ...]:
         """What is left of requests that ended, in sentences; a bug where there is any. () while requests are served."""
@@ -212,44 +216,26 @@ class Engine:
         scores: Scores = asyncio.Queue()
         longest_first = sorted(range(len(request.continuations)), key=lambda at: -len(request.continuations[at]))
         lengths = [len(request.continuations[at]) for at in longest_first]
-        tracks: list[Track] = []
-        timer = None
         with self._counted() as counted:
-            try:
-                whole = Track(request, longest_first, next(self._sequence_ids), scores)
-                num_tokens = len(request.context_token_ids) + sum(lengths)
-                lane = await self._place(whole.sequence, num_tokens, request.deadline_s)
-                assert lane.scheduler is not None
-                number = num_tracks(
-                    num_context=len(request.context_token_ids),
-                    lengths=lengths,
-                    block_size_tokens=lane.scheduler.block_size_tokens,
-                    shares_prefix=request.use_prefix_cache and lane.scheduler.limits.prefix_caching,
-                    most_tokens=self._settings.max_waiting_tokens // 4,
-                )
-                places = (longest_first[i::number] for i in range(number))
-                tracks += (Track(request, of, next(self._sequence_ids), scores) for of in places)
-                timer = self._timer(tracks, request.deadline_s)
-                for track in tracks:
-                    lane.add(track)
-                counted.queued = True
-                lane.pump()
-                for _ in lengths:
-                    score = await scores.get()
-                    if isinstance(score, StagelineError):
-                        raise score
-                    yield score
-            finally:
-                if timer is not None:
-                    timer.cancel()
-                self._end(tracks, None)
-
-    def _timer(self, choices: Sequence[ChoiceState | Track], deadline_s: float | None) -> asyncio.TimerHandle | None:
-        """Ends the request when its time has come."""
-        if deadline_s is None:
-            return None
-        loop = asyncio.get_running_loop()
-        return loop.call_later(_remaining(deadline_s), self._end, choices, deadline_exceeded())
+            whole = Track(request, longest_first, next(self._sequence_ids), scores)
+            num_tokens = len(request.context_token_ids) + sum(lengths)
+            lane = await self._place(whole.sequence, num_tokens, request.deadline_s)
+            assert lane.scheduler is not None
+            number = num_tracks(
+                num_context=len(request.context_token_ids),
+                lengths=lengths,
+                block_size_tokens=lane.scheduler.block_size_tokens,
+                shares_prefix=request.use_prefix_cache and lane.scheduler.limits.prefix_caching,
+                most_tokens=self._settings.max_waiting_tokens // 4,
+            )
+            places = (longest_first[i::number] for i in range(number))
+            tracks = [Track(request, of, next(self._sequence_ids), scores) for of in places]
+            self._queue(lane, counted, tracks, request.deadline_s)
+            for _ in lengths:
+                score = await scores.get()
+                if isinstance(score, StagelineError):
+                    raise score
+                yield score
 
     def _make_choice(self, request: GenerateRequest, index: int, deltas: Deltas) -> ChoiceState:
         return ChoiceState(

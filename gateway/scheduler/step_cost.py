@@ -9,6 +9,8 @@ OUTLIER = (
     1.5  # a decode step counts as at most so many times the average: one that was held up says nothing of its cost
 )
 MEMORY = 0.95  # what remains of older prefill chunks after a newer one
+RECENT_CHUNK = 0.2  # weight of the newest chunk beside decodes
+MOST_DEARER = 8.0  # a chunk that seems to cost more was held up by something else
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,15 @@ class StepCosts:
     """Seconds of the slowest stage, by what a step carried.
 
     Steps without prefill are averaged by number of rows (two significant bits beside the first), so that nothing is forgotten while other
-    sizes run. What a step with prefill took beyond its decode rows is explained as tokens · (a + b · context), fitted by
-    least squares over recent chunks: large chunks weigh more than small ones, attention grows with the context.
+    sizes run. What prefill adds is explained as tokens · (a + b · context), fitted by least squares over recent chunks: large
+    chunks weigh more than small ones, attention grows with the context. A token of a small chunk beside decodes is dearer
+    (kernels fill less, and the whole context is gathered for few queries): how much is learned from the last few.
     """
 
     def __init__(self) -> None:
         self.overhead_s: float | None = None
         self._decode_s: dict[int, float] = {}
+        self._dearer = 1.0  # what recent chunks beside decodes cost, over what the fit says
         # Sums for the normal equations of seconds = a·tokens + b·pairs.
         self._tokens_tokens = self._tokens_pairs = self._pairs_pairs = self._tokens_s = self._pairs_s = 0.0
 
@@ -44,11 +48,20 @@ class StepCosts:
             self._decode_s[size] = known + RECENT * (min(timing.slowest_stage_s, OUTLIER * known) - known)
             return
         seconds = max(0.0, timing.slowest_stage_s - (self.decode_s(num_decodes) or 0.0 if num_decodes else 0.0))
+        if num_decodes and self._tokens_tokens:
+            self._learn_dearer(seconds, prefill_tokens, prefill_pairs)
         self._tokens_tokens = MEMORY * self._tokens_tokens + prefill_tokens**2
         self._tokens_pairs = MEMORY * self._tokens_pairs + prefill_tokens * prefill_pairs
         self._pairs_pairs = MEMORY * self._pairs_pairs + prefill_pairs**2
         self._tokens_s = MEMORY * self._tokens_s + prefill_tokens * seconds
         self._pairs_s = MEMORY * self._pairs_s + prefill_pairs * seconds
+
+    def _learn_dearer(self, seconds: float, tokens: int, pairs: int) -> None:
+        base, slope = self._fit()
+        alone_s = base * tokens + slope * pairs
+        if alone_s > 0:
+            times = min(MOST_DEARER, max(1 / MOST_DEARER, seconds / alone_s))
+            self._dearer += RECENT_CHUNK * (times - self._dearer)
 
     def decode_s(self, num_rows: int) -> float | None:
         """A step of so many decode rows; None before any was measured."""
@@ -74,7 +87,7 @@ class StepCosts:
         alone_s, token_s = self.decode_s(max(1, num_decodes)), self.prefill_token_s(context_tokens)
         if alone_s is None or not token_s:
             return None
-        return int((slowdown - 1) * alone_s / token_s)
+        return int((slowdown - 1) * alone_s / (token_s * self._dearer))
 
     def _fit(self) -> tuple[float, float]:
         """(a, b), neither negative: where one would be, the other explains all."""

@@ -77,8 +77,8 @@ class PortableAttention:
             table_M = context.block_tables_RM.select(0, row)
             length = context.context_lens[row]
             k_LKH, v_LKH = gather(keys_BSKH, table_M, length), gather(values_BSKH, table_M, length)
-            mask_QL = self._prefill_mask(context, row, window, q_TNH)
-            parts.append(self._prefill(q_QNH, k_LKH, v_LKH, mask_QL))
+            mask_PL = self._prefill_mask(context, row, window, q_TNH.shape[1] // k_LKH.shape[1], q_TNH)
+            parts.append(self._prefill(q_QNH, k_LKH, v_LKH, mask_PL))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(
@@ -143,28 +143,37 @@ class PortableAttention:
         table_X = table_X.narrow(0, first, min(wide, table_X.shape[0] - first))
         return F.pad(table_X, (0, wide - table_X.shape[0]))
 
-    def _prefill_mask(self, context: AttentionContext, row: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Mask [Q, L] in the queries' dtype; None where it is plainly causal: a prompt from its beginning."""
+    def _prefill_mask(
+        self, context: AttentionContext, row: int, window: int | None, group: int, like: Tensor
+    ) -> Tensor | None:
+        """Mask [group · Q, L] in the queries' dtype, the same for each query head of a KV head; None where it is plainly causal: a
+        prompt from its beginning."""
         num_queries, length = context.query_lens[row], context.context_lens[row]
         if num_queries == length and (window is None or window >= length):
             return None
         key = (self.name, "prefill", window, row)
         if key not in context.per_step:
-            mask_QL = visible(length - num_queries, num_queries, length, window, like.device)
-            context.per_step[key] = torch.zeros_like(mask_QL, dtype=like.dtype).masked_fill_(
-                mask_QL.logical_not(), float("-inf")
-            )
+            seen_QL = visible(length - num_queries, num_queries, length, window, like.device)
+            mask_QL = torch.zeros_like(seen_QL, dtype=like.dtype).masked_fill_(seen_QL.logical_not(), float("-inf"))
+            context.per_step[key] = mask_QL.repeat(group, 1)
         mask: Tensor = context.per_step[key]
         return mask
 
-    def _prefill(self, q_QNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, mask_QL: Tensor | None) -> Tensor:
+    def _prefill(self, q_QNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, mask_PL: Tensor | None) -> Tensor:
         num_queries, num_heads, head_dim = q_QNH.shape
         length, num_kv_heads, _ = k_LKH.shape
         group = num_heads // num_kv_heads
-        # KV heads in the batch dimension and their query heads as heads that share one key: a view, nothing is repeated.
         q_KGQH = q_QNH.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
-        k_KGLH, v_KGLH = (
-            x.transpose(0, 1).unsqueeze(1).expand(num_kv_heads, group, length, head_dim) for x in (k_LKH, v_LKH)
-        )
-        out_KGQH = F.scaled_dot_product_attention(q_KGQH, k_KGLH, v_KGLH, attn_mask=mask_QL, is_causal=mask_QL is None)
+        if mask_PL is None:
+            # KV heads in the batch dimension and their query heads as heads that share one key: a view, nothing is repeated.
+            k_KGLH, v_KGLH = (
+                x.transpose(0, 1).unsqueeze(1).expand(num_kv_heads, group, length, head_dim) for x in (k_LKH, v_LKH)
+            )
+            out_KGQH = F.scaled_dot_product_attention(q_KGQH, k_KGLH, v_KGLH, is_causal=True)
+        else:
+            # A chunk has few queries against a long context: those of all heads of a KV head (P = G · Q) fill the kernel's blocks.
+            k_1KLH, v_1KLH = (x.transpose(0, 1).unsqueeze(0) for x in (k_LKH, v_LKH))
+            q_1KPH = q_KGQH.reshape(1, num_kv_heads, group * num_queries, head_dim)
+            out_1KPH = F.scaled_dot_product_attention(q_1KPH, k_1KLH, v_1KLH, attn_mask=mask_PL)
+            out_KGQH = out_1KPH.view(num_kv_heads, group, num_queries, head_dim)
         return out_KGQH.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)

@@ -51,8 +51,7 @@ def read_into(part: FilePart, target: torch.Tensor) -> None:
     flat = target.reshape(-1)
     if target.device.type == "cpu" and target.dtype == part.dtype:
         raw: Any = flat.view(torch.uint8).numpy()
-        for _ in _read(part, memoryview(raw), DIRECT_BYTES):
-            pass
+        _read(part, memoryview(raw), DIRECT_BYTES)
         return
     buffer = bytearray(min(CHUNK_BYTES, part.end - part.begin))
     done = 0
@@ -76,13 +75,12 @@ def _read_chunks(part: FilePart, buffer: memoryview) -> Iterator[int]:
     for begin in range(part.begin, part.end, len(buffer) or 1):
         count = min(len(buffer), part.end - begin)
         piece = FilePart(part.name, part.path, begin, begin + count, part.dtype, part.shape)
-        for _ in _read(piece, buffer[:count], count):
-            pass
+        _read(piece, buffer[:count], count)
         yield count
 
 
-def _read(part: FilePart, into: memoryview, at_once: int) -> Iterator[int]:
-    """Read the part's bytes to the beginning of `into`; yields how many are there after every read."""
+def _read(part: FilePart, into: memoryview, at_once: int) -> None:
+    """Read the part's bytes to the beginning of `into`, at most so many with one call."""
     done, size = 0, part.end - part.begin
     try:
         with open(part.path, "rb", buffering=0) as file:
@@ -92,7 +90,6 @@ def _read(part: FilePart, into: memoryview, at_once: int) -> Iterator[int]:
                 if count == 0:
                     raise OSError(f"it ends at byte {part.begin + done}, {part.name} goes on to {part.end}")
                 done += count
-                yield done
     except OSError as error:
         raise CheckpointError(
             "SHARD_UNREADABLE",

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from gateway.access import visit as visits
+from gateway.access.visit import tenant
 from gateway.batch.messages import to_message
 from gateway.batch.service import BatchService
 from gateway.batch.types import ResultKind
@@ -85,9 +85,3 @@ class BatchServicer(pb_grpc.BatchServiceServicer):
         async with aclosing(pages):
             async for data, last_line in pages:
                 yield pb.ReadResultsResponse(data=data, last_line=last_line)
-
-
-def tenant() -> str:
-    """Whose call this is; empty where everybody is one tenant."""
-    visit = visits.current.get()
-    return visit.account.tenant if visit is not None else ""

@@ -9,7 +9,7 @@ from fastapi import APIRouter, File, Form, Query, UploadFile
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
-from gateway.access import visit as visits
+from gateway.access.visit import tenant
 from gateway.api.http import documents
 from gateway.batch.plan import window_s
 from gateway.batch.records import UNLIMITED, batch_object, file_object
@@ -59,34 +59,34 @@ def router(batches_getter: Callable[[], BatchService | None]) -> APIRouter:
             raise InvalidArgumentError(
                 "PURPOSE_NOT_SERVED", f"purpose must be batch, got {purpose[:32]!r}", field="purpose"
             )
-        service, tenant = batches(), _tenant()
-        file_id, offset = await service.create_file(tenant, file.filename or "input.jsonl"), 0
+        service, owner = batches(), tenant()
+        file_id, offset = await service.create_file(owner, file.filename or "input.jsonl"), 0
         while chunk := await file.read(CHUNK_BYTES):
-            offset = await service.write_file(tenant, file_id, offset, chunk)
-        return file_object(await service.complete_file(tenant, file_id))
+            offset = await service.write_file(owner, file_id, offset, chunk)
+        return file_object(await service.complete_file(owner, file_id))
 
     @api.get("/v1/files", responses=documents.errors())
     async def list_files() -> dict[str, Any]:
         """Uploaded files, the newest first."""
-        data = [file_object(file) for file in await batches().list_files(_tenant())]
+        data = [file_object(file) for file in await batches().list_files(tenant())]
         return {"object": "list", "data": data, "has_more": False}
 
     @api.get("/v1/files/{file_id}", responses=wrong)
     async def retrieve_file(file_id: str) -> dict[str, Any]:
         """One file."""
-        return file_object(await batches().get_file(_tenant(), file_id))
+        return file_object(await batches().get_file(tenant(), file_id))
 
     @api.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=wrong)
     async def content(file_id: str) -> StreamingResponse:
         """A file's bytes."""
-        service, tenant = batches(), _tenant()
-        await service.get_file(tenant, file_id)  # an error has to come before the first byte
-        return StreamingResponse(service.read_file(tenant, file_id), media_type="application/jsonl")
+        service, owner = batches(), tenant()
+        await service.get_file(owner, file_id)  # an error has to come before the first byte
+        return StreamingResponse(service.read_file(owner, file_id), media_type="application/jsonl")
 
     @api.delete("/v1/files/{file_id}", responses=wrong)
     async def delete_file(file_id: str) -> Deleted:
         """Forget a file that no running batch needs."""
-        await batches().delete_file(_tenant(), file_id)
+        await batches().delete_file(tenant(), file_id)
         return Deleted(id=file_id)
 
     @api.post("/v1/batches", responses=wrong)
@@ -96,14 +96,14 @@ def router(batches_getter: Callable[[], BatchService | None]) -> APIRouter:
         if not body.endpoint:
             raise InvalidArgumentError("ENDPOINT_UNKNOWN", "endpoint is required", field="endpoint")
         batch = await batches().create_batch(
-            _tenant(), body.input_file_id, endpoint=body.endpoint, window_s=window, metadata=body.metadata
+            tenant(), body.input_file_id, endpoint=body.endpoint, window_s=window, metadata=body.metadata
         )
         return JSONResponse(batch_object(batch))
 
     @api.get("/v1/batches", responses=wrong)
     async def list_batches(after: str = "", limit: Annotated[int, Query(ge=1, le=100)] = 20) -> dict[str, Any]:
         """Batches, the newest first."""
-        found, more = await batches().list_batches(_tenant(), after, limit)
+        found, more = await batches().list_batches(tenant(), after, limit)
         data = [batch_object(batch) for batch in found]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return {"object": "list", "data": data, **ends, "has_more": more}
@@ -111,16 +111,11 @@ def router(batches_getter: Callable[[], BatchService | None]) -> APIRouter:
     @api.get("/v1/batches/{batch_id}", responses=wrong)
     async def retrieve(batch_id: str) -> dict[str, Any]:
         """One batch, as it is now."""
-        return batch_object(await batches().get_batch(_tenant(), batch_id))
+        return batch_object(await batches().get_batch(tenant(), batch_id))
 
     @api.post("/v1/batches/{batch_id}/cancel", responses=wrong)
     async def cancel(batch_id: str) -> dict[str, Any]:
         """Stop a batch; results that are there stay."""
-        return batch_object(await batches().cancel_batch(_tenant(), batch_id))
+        return batch_object(await batches().cancel_batch(tenant(), batch_id))
 
     return api
-
-
-def _tenant() -> str:
-    visit = visits.current.get()
-    return visit.account.tenant if visit is not None else ""
