@@ -6,6 +6,8 @@ not started anew, because what takes seconds is importing. `nursery()` is the ot
     {"kind": "stage", "layers": [0, 2], "num_blocks": 64, "delay_s": 0.002}        a toy stage → {"pid", "address"}
     {"kind": "gateway", "stages": [ADDRESS, ...], "settings": {EngineSettings}, "max_context_tokens": 200, "model": FOLDER}
                                             both doors → {"pid", "grpc", "http"}; without "model" the toy's
+    {"kind": "toy_gateway", "port": 0, "fingerprint": "toy", "state_url": "sqlite:///FILE"}
+                                            the gRPC door over toy stages within it → {"pid", "port"}
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,10 +55,26 @@ class Nursery:
         """A gateway over stages, which need not be toys."""
         return self.start(kind="gateway", stages=[stage["address"] for stage in stages], **options)
 
+    @contextmanager
+    def toy_gateway(self, **options: Any) -> Iterator[ToyGateway]:
+        """A gateway with toy stages within it, until the block ends."""
+        gateway = ToyGateway(self, options)
+        try:
+            yield gateway
+        finally:
+            gateway.kill()
+
     def signal(self, process: dict[str, Any], number: int) -> None:
         """Send a signal to one of them."""
         assert process["pid"] in self._pids
         os.kill(process["pid"], number)
+
+    def kill(self, process: dict[str, Any]) -> None:
+        """Returns once it is gone, so that its port is free."""
+        self.signal(process, signal.SIGKILL)
+        while Path(f"/proc/{process['pid']}").exists():
+            time.sleep(0.001)
+        self._pids.remove(process["pid"])
 
     def kill_all(self) -> None:
         """SIGKILL reaches stopped processes too."""
@@ -63,6 +82,36 @@ class Nursery:
             if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
         self._pids.clear()
+
+
+class ToyGateway:
+    """A gateway process; `start` after `kill` brings another up on the same port, with the same options."""
+
+    def __init__(self, nursery: Nursery, options: dict[str, Any]) -> None:
+        self._nursery, self._options = nursery, {"port": 0, **options}
+        self.process: dict[str, Any] | None = None
+        self.start()
+
+    @property
+    def address(self) -> str:
+        """Of its gRPC door, also while it is down."""
+        return f"127.0.0.1:{self._options['port']}"
+
+    def start(self) -> None:
+        """Returns once it serves."""
+        self.process = self._nursery.start(kind="toy_gateway", **self._options)
+        self._options["port"] = self.process["port"]
+
+    def signal(self, number: int) -> None:
+        """Send a signal to it."""
+        assert self.process is not None
+        self._nursery.signal(self.process, number)
+
+    def kill(self) -> None:
+        """Returns once it is gone; nothing to do where it is."""
+        if self.process is not None:
+            self._nursery.kill(self.process)
+            self.process = None
 
 
 @contextmanager
@@ -150,8 +199,33 @@ async def gateway(
     await serving
 
 
+async def toy_gateway(port: int, fingerprint: str = "toy", state_url: str | None = None) -> None:
+    """The gRPC door over an engine and toy stages in one process, until killed; with batches where there is a state."""
+    import engine_helpers
+
+    from gateway.api.grpc.server import serve_grpc
+    from gateway.api.service import Frontend
+    from gateway.batch.opening import open_batches
+    from gateway.config import BatchSection
+
+    engine_helpers.FINGERPRINT = fingerprint
+    cluster = engine_helpers.Cluster()
+    for start, end in ((0, 2), (2, engine_helpers.NUM_LAYERS)):
+        await cluster.add_stage(start, end, delay_s=0.004, num_blocks=512)
+    engine = await cluster.start(check_integrity=False)
+    await engine_helpers.until(engine.ready)
+    frontend = Frontend(engine, engine_helpers.byte_tokenizer(), None, engine.model)
+    batches = await open_batches(frontend, BatchSection(state_url=state_url))
+    server = await serve_grpc(frontend, "127.0.0.1", port, batches=batches)
+    _say(port=server.port)
+    await asyncio.Event().wait()
+
+
 def _say(**answer: Any) -> None:
     print(json.dumps({"pid": os.getpid(), **answer}), flush=True)
+
+
+KINDS = {"stage": stage, "gateway": gateway, "toy_gateway": toy_gateway}
 
 
 def main() -> None:
@@ -159,13 +233,15 @@ def main() -> None:
     import engine_helpers  # noqa: F401  (torch and grpc, once for all)
     import uvicorn  # noqa: F401
 
+    from gateway.batch import opening  # noqa: F401
+
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries them
     for line in sys.stdin:
         what = json.loads(line)
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             sys.stdin.close()
-            asyncio.run({"stage": stage, "gateway": gateway}[what.pop("kind")](**what))
+            asyncio.run(KINDS[what.pop("kind")](**what))
 
 
 if __name__ == "__main__":

@@ -3,64 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from process_nursery import Nursery, ToyGateway, nursery
 
 from gateway.cli import main
 
-HERE = Path(__file__).parent
-
-
-class Server:
-    """A toy gateway with batches; `start` after `kill` brings another up on the same port and state."""
-
-    def __init__(self, nursery: subprocess.Popen, state: Path) -> None:
-        self._nursery, self._state = nursery, state
-        self.pid = self.port = 0
-        self.start()
-
-    @property
-    def flags(self) -> list[str]:
-        return ["--address", f"127.0.0.1:{self.port}"]
-
-    def start(self) -> None:
-        print(self.port, "toy", f"sqlite:///{self._state}", file=self._nursery.stdin, flush=True)
-        self.pid, self.port = map(int, self._nursery.stdout.readline().split())
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        while Path(f"/proc/{self.pid}").exists():
-            time.sleep(0.001)
-        self.pid = 0
-
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[subprocess.Popen]:
-    path = os.pathsep.join([str(HERE), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "toy_gateway.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    with process:
-        yield process
-        process.stdin.close()
+def children() -> Iterator[Nursery]:
+    with nursery() as children:
+        yield children
 
 
 @pytest.fixture
-def server(nursery, tmp_path) -> Iterator[Server]:
-    server = Server(nursery, tmp_path / "state.db")
-    yield server
-    if server.pid:
-        server.kill()
+def server(children, tmp_path) -> Iterator[ToyGateway]:
+    """With batches, whose state outlives it."""
+    with children.toy_gateway(state_url=f"sqlite:///{tmp_path / 'state.db'}") as server:
+        yield server
+
+
+def flags(server: ToyGateway) -> list[str]:
+    return ["--address", server.address]
 
 
 def line(custom_id: object, **changes) -> str:
@@ -94,7 +63,7 @@ def test_good_and_bad_lines(server, tmp_path, capsys) -> None:
     ]  # fmt: skip
     lines = good[:20] + bad + ["", "   "] + good[20:]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    code, batch, _ = run(capsys, "submit", source, "--output-file", out, "--wait", *server.flags)
+    code, batch, _ = run(capsys, "submit", source, "--output-file", out, "--wait", *flags(server))
     assert code == 0
     assert (batch["object"], batch["status"], batch["endpoint"]) == ("batch", "completed", "/v1/completions")
     assert batch["request_counts"] == {"total": 51, "completed": 40, "failed": 11}
@@ -115,18 +84,18 @@ def test_good_and_bad_lines(server, tmp_path, capsys) -> None:
     assert errors[0]["error"]["line"] == 21
     # The same command again is the same batch, and nothing runs again.
     out.unlink()
-    code, again, _ = run(capsys, "submit", source, "--output-file", out, *server.flags)
+    code, again, _ = run(capsys, "submit", source, "--output-file", out, *flags(server))
     assert (code, again) == (0, batch)
     assert records(out) == answers
     # Another output file is another batch.
-    code, other, _ = run(capsys, "submit", source, "--output-file", tmp_path / "b.jsonl", "--wait", *server.flags)
+    code, other, _ = run(capsys, "submit", source, "--output-file", tmp_path / "b.jsonl", "--wait", *flags(server))
     assert other["id"] != batch["id"]
-    code, listed, _ = run(capsys, "list", *server.flags)
+    code, listed, _ = run(capsys, "list", *flags(server))
     assert [one["id"] for one in listed["data"]] == [other["id"], batch["id"]]
-    code, got, _ = run(capsys, "get", batch["id"], *server.flags)
+    code, got, _ = run(capsys, "get", batch["id"], *flags(server))
     assert got == batch
-    assert main(["batch", "delete", other["id"], *server.flags]) == 0
-    assert [one["id"] for one in run(capsys, "list", *server.flags)[1]["data"]] == [batch["id"]]
+    assert main(["batch", "delete", other["id"], *flags(server)]) == 0
+    assert [one["id"] for one in run(capsys, "list", *flags(server))[1]["data"]] == [batch["id"]]
 
 
 def test_kills_lose_and_repeat_no_line(server, tmp_path, capsys) -> None:
@@ -144,7 +113,7 @@ def test_kills_lose_and_repeat_no_line(server, tmp_path, capsys) -> None:
     thread = threading.Thread(target=trouble)
     thread.start()
     try:
-        code, batch, err = run(capsys, "submit", source, "--output-file", out, "--wait", *server.flags)
+        code, batch, err = run(capsys, "submit", source, "--output-file", out, "--wait", *flags(server))
     finally:
         done.set()
         thread.join()
@@ -154,7 +123,7 @@ def test_kills_lose_and_repeat_no_line(server, tmp_path, capsys) -> None:
     answers = records(out)
     assert [answer["custom_id"] for answer in answers] == [f"r-{i}" for i in range(900)]
     # What was computed around the kills is what an undisturbed server computes.
-    code, _, _ = run(capsys, "submit", source, "--output-file", tmp_path / "calm.jsonl", "--wait", *server.flags)
+    code, _, _ = run(capsys, "submit", source, "--output-file", tmp_path / "calm.jsonl", "--wait", *flags(server))
     texts, calm = (
         [answer["response"]["body"]["choices"][0]["text"] for answer in records(path)]
         for path in (out, tmp_path / "calm.jsonl")
@@ -164,16 +133,16 @@ def test_kills_lose_and_repeat_no_line(server, tmp_path, capsys) -> None:
 
 def test_cancel(server, tmp_path, capsys) -> None:
     source, out = write(tmp_path / "in.jsonl", [line(f"r-{i}") for i in range(3000)]), tmp_path / "out.jsonl"
-    code, batch, _ = run(capsys, "submit", source, "--output-file", out, *server.flags)
+    code, batch, _ = run(capsys, "submit", source, "--output-file", out, *flags(server))
     assert (code, batch["status"]) == (0, "in_progress")
     assert not out.exists()
-    while not run(capsys, "get", batch["id"], *server.flags)[1]["request_counts"]["completed"]:
+    while not run(capsys, "get", batch["id"], *flags(server))[1]["request_counts"]["completed"]:
         time.sleep(0.02)
-    code, cancelling, _ = run(capsys, "cancel", batch["id"], *server.flags)
+    code, cancelling, _ = run(capsys, "cancel", batch["id"], *flags(server))
     assert (code, cancelling["status"]) in ((0, "cancelling"), (0, "cancelled"))
-    while (now := run(capsys, "get", batch["id"], *server.flags)[1])["status"] != "cancelled":
+    while (now := run(capsys, "get", batch["id"], *flags(server))[1])["status"] != "cancelled":
         time.sleep(0.02)
-    code, final, _ = run(capsys, "submit", source, "--output-file", out, "--wait", *server.flags)
+    code, final, _ = run(capsys, "submit", source, "--output-file", out, "--wait", *flags(server))
     assert (code, final["status"]) == (1, "cancelled")
     assert 0 < len(records(out)) == now["request_counts"]["completed"] < 3000
 
@@ -181,13 +150,13 @@ def test_cancel(server, tmp_path, capsys) -> None:
 def test_an_input_that_changes_while_its_batch_runs(server, tmp_path, capsys) -> None:
     lines = [line(f"r-{i}") for i in range(2000)]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    _, batch, _ = run(capsys, "submit", source, "--output-file", out, *server.flags)
+    _, batch, _ = run(capsys, "submit", source, "--output-file", out, *flags(server))
     write(source, lines[:-1])
-    code, _, err = run(capsys, "submit", source, "--output-file", out, *server.flags)
+    code, _, err = run(capsys, "submit", source, "--output-file", out, *flags(server))
     assert code == 2
     assert batch["id"] in err
     assert "INPUT_CHANGED" in err
-    assert main(["batch", "cancel", batch["id"], *server.flags]) == 0
+    assert main(["batch", "cancel", batch["id"], *flags(server)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -200,7 +169,7 @@ def test_an_input_that_changes_while_its_batch_runs(server, tmp_path, capsys) ->
 )
 def test_inputs_refused_as_a_whole(lines, reason, server, tmp_path, capsys) -> None:
     source = write(tmp_path / "in.jsonl", lines)
-    code, _, err = run(capsys, "submit", source, "--output-file", tmp_path / "out.jsonl", "--wait", *server.flags)
+    code, _, err = run(capsys, "submit", source, "--output-file", tmp_path / "out.jsonl", "--wait", *flags(server))
     assert code == 2
     assert reason in err
     assert "Traceback" not in err
@@ -219,7 +188,7 @@ def test_wrong_commands(server, tmp_path, capsys) -> None:
         (("delete", "batch_none"), "BATCH_NOT_FOUND", 1),
         (("list", "--limit", "0"), "CONFIG_INVALID", 2),
     ):
-        code, _, err = run(capsys, *arguments, *server.flags)
+        code, _, err = run(capsys, *arguments, *flags(server))
         assert (code, reason in err, "Traceback" in err) == (expected, True, False), err
     code, _, err = run(capsys, "list", "--address", "127.0.0.1:1")
     assert code == 1

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from engine_helpers import byte_tokenizer
+from process_nursery import Nursery, ToyGateway, nursery
 
 from stageline.client import AsyncClient, Backoff, ChannelOptions, Client
 from stageline.errors import (
@@ -28,60 +24,19 @@ from stageline.errors import (
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 
-HERE = Path(__file__).parent
 QUICK = Backoff(initial_s=0.05, max_s=0.3)
 NUM_KILLS = 20
 
 
-class Gateway:
-    """A gateway process; `start` after `kill` brings another up on the same port."""
-
-    def __init__(self, nursery: subprocess.Popen, fingerprint: str = "toy") -> None:
-        self.port = self.pid = 0
-        self._nursery, self._fingerprint = nursery, fingerprint
-        self.start()
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        print(self.port, self._fingerprint, file=self._nursery.stdin, flush=True)
-        self.pid, self.port = map(int, self._nursery.stdout.readline().split())
-
-    def kill(self) -> None:
-        """Returns once the process is gone, so that its port is free."""
-        os.kill(self.pid, signal.SIGKILL)
-        while Path(f"/proc/{self.pid}").exists():
-            time.sleep(0.001)
-        self.pid = 0
-
-
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[subprocess.Popen]:
-    path = os.pathsep.join([str(HERE), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "toy_gateway.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    with process:
-        yield process
-        process.stdin.close()
-
-
-@contextmanager
-def running(nursery: subprocess.Popen, fingerprint: str = "toy") -> Iterator[Gateway]:
-    gateway = Gateway(nursery, fingerprint)
-    try:
-        yield gateway
-    finally:
-        if gateway.pid:
-            gateway.kill()
+def children() -> Iterator[Nursery]:
+    with nursery() as children:
+        yield children
 
 
 @pytest.fixture
-def gateway(nursery) -> Iterator[Gateway]:
-    with running(nursery) as gateway:
+def gateway(children) -> Iterator[ToyGateway]:
+    with children.toy_gateway() as gateway:
         yield gateway
 
 
@@ -191,8 +146,8 @@ def test_twenty_kills_change_nothing(gateway, caplog):
     assert sum("trying again" in record.message for record in caplog.records) >= NUM_KILLS
 
 
-def test_another_address_takes_over(gateway, nursery):
-    with running(nursery) as second:
+def test_another_address_takes_over(gateway, children):
+    with children.toy_gateway() as second:
         with Client([gateway.address, second.address], backoff=QUICK) as client:
             generation = generations(client)[0]
             expected = client.generate(generation)
@@ -207,21 +162,21 @@ def test_another_address_takes_over(gateway, nursery):
     assert got[-1].usage == expected.usage
 
 
-async def test_a_gateway_that_hangs_is_left_by_keepalive(gateway, nursery):
+async def test_a_gateway_that_hangs_is_left_by_keepalive(gateway, children):
     channel = ChannelOptions(keepalive_s=1, keepalive_timeout_s=1)
     generation = asked([4, 5])
-    with running(nursery) as second:
+    with children.toy_gateway() as second:
         async with AsyncClient([gateway.address, second.address], backoff=QUICK, channel=channel) as client:
             expected = await client.generate(generation)
             messages = client.stream_generate(generation, timeout_s=30)
             got = [await anext(messages) for _ in range(10)]
-            os.kill(gateway.pid, signal.SIGSTOP)
+            gateway.signal(signal.SIGSTOP)
             got += [message async for message in messages]
     assert [t for m in got for c in m.choices for t in c.token_ids] == list(expected.choices[0].token_ids)
 
 
-def test_another_model_is_not_gone_on_with(gateway, nursery):
-    with running(nursery, fingerprint="other") as other:
+def test_another_model_is_not_gone_on_with(gateway, children):
+    with children.toy_gateway(fingerprint="other") as other:
         with Client([gateway.address, other.address], backoff=QUICK) as client:
             messages = client.stream_generate(asked([1]))
             for _ in range(10):
