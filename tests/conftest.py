@@ -13,6 +13,9 @@ import pytest
 # wherever the garbage collector came by. One user that stays keeps it up until the process ends.
 grpc.aio.init_grpc_aio()
 
+# Helpers that assert for the tests that use them: what they compared is shown.
+pytest.register_assert_rewrite("simulated_pipeline", "simulated_stage")
+
 # Time says nothing here: the tests share the machine with one another.
 hypothesis.settings.register_profile("stageline", deadline=None)
 hypothesis.settings.load_profile("stageline")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from test_scheduler_properties import Stage, contents, next_token
+from simulated_stage import Stage, contents, next_token
 
 from gateway.scheduler import BlockPool, MicroBatch, Scheduler, SchedulerLimits, Sequence, check_integrity
 
