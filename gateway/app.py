@@ -86,6 +86,7 @@ def application(config: configuration.Config) -> serve.Application:
             num_cpus=config.stages.num_cpus,
             num_gpus=config.stages.num_gpus,
             retries=3,
+            drain_timeout_s=config.stages.drain_timeout_s,
         )
         for index, layers in enumerate(ranges)
     ]
@@ -149,6 +150,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "host": config.stages.host,
         "shared_memory_bytes": config.stages.shared_memory_bytes,
         "stall_timeout_s": 2 * config.pipelines.stall_timeout_s,
+        "drain_timeout_s": config.stages.drain_timeout_s,
         **config.security.stage_files(),
     }
 

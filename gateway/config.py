@@ -72,6 +72,9 @@ class StagesSection(_Section):
         description="memory through which a stage passes hidden states to the next one on its host; 0: over the socket",
     )  # fmt: skip
     host: str | None = Field(None, description="address stage servers listen on; default: the node's")
+    drain_timeout_s: float = Field(
+        20.0, ge=0, description="seconds a stage that is to stop goes on, while its sequences end or move elsewhere"
+    )
 
 
 class KvCacheSection(_Section):

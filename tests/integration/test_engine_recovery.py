@@ -132,15 +132,15 @@ async def test_a_lost_lease_breaks_the_pipeline_and_another_owner_is_refused(clu
     first = Pipeline(found, owner_id="first", lease_s=0.8)
     second = Pipeline(found, owner_id="second", lease_s=5.0)
     try:
-        await first.open(lambda result: None, lambda incarnation: None)
+        await first.open(lambda result: None, lambda incarnation, remaining_s: None)
         with pytest.raises(FailedPreconditionError) as refused:
-            await second.open(lambda result: None, lambda incarnation: None)
+            await second.open(lambda result: None, lambda incarnation, remaining_s: None)
         assert refused.value.reason == "STAGE_CLAIMED"
         for task in first._tasks:  # a paused process: it neither renews nor notices
             task.cancel()
         await asyncio.sleep(1.2)
         retry = Pipeline(found, owner_id="second", lease_s=5.0)
-        await retry.open(lambda result: None, lambda incarnation: None)
+        await retry.open(lambda result: None, lambda incarnation, remaining_s: None)
         assert retry.epoch > first.epoch
         await retry.close()
     finally:
@@ -156,7 +156,7 @@ async def test_stages_that_saw_different_epochs_agree_on_one(cluster):
         alone._granted = [0]
         await alone._claim()
     both = Pipeline(found, owner_id="me", lease_s=5.0)
-    await both.open(lambda result: None, lambda incarnation: None)
+    await both.open(lambda result: None, lambda incarnation, remaining_s: None)
     assert {stage.server._claims.epoch for stage in stages} == {both.epoch}
     assert both.epoch > alone.epoch
     await both.close()
