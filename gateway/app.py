@@ -194,6 +194,8 @@ class Gateway:
             max_request_kv_fraction=parsed.scheduler.max_request_kv_fraction,
             prefix_caching=parsed.kv_cache.prefix_caching,
             lease_s=parsed.pipelines.lease_s,
+            eager_pipelines=parsed.pipelines.eager,
+            patience_s=parsed.pipelines.patience_s,
             stall_timeout_s=parsed.pipelines.stall_timeout_s,
             stage_access=StageAccess(**security.stage_files()),
             canary_interval_s=parsed.pipelines.canary_interval_s,

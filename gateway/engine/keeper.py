@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import math
+import random
 import time
 from collections.abc import Callable
 
@@ -58,16 +59,24 @@ class Keeper:
         self._lane_numbers = itertools.count()
         self._suspects: dict[str, float] = {}  # incarnation → until when, on the monotonic clock
         self._drain_ends: dict[str, float] = {}  # incarnation → when it stops, on the monotonic clock
+        self._patient_until_s = 0.0
+        self._stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin to form pipelines as replicas appear."""
         self._registry.on_change = self._on_membership
+        if self._settings.eager_pipelines is not None:
+            # The jitter keeps gateways that began together from asking together.
+            patience_s = self._settings.patience_s * random.uniform(1.0, 1.2)
+            self._patient_until_s = time.monotonic() + patience_s
+            asyncio.get_running_loop().call_later(patience_s, self._on_membership)
         self._on_membership()
 
     async def stop(self) -> None:
         """Give every stage back."""
         self._registry.on_change = lambda: None
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -83,6 +92,8 @@ class Keeper:
 
     def _on_membership(self) -> None:
         """Open a lane for every complete chain of replicas that no lane uses; lanes that lost theirs come first."""
+        if self._stopped:
+            return
         self._membership.set()
         self._membership = asyncio.Event()
         self.notify()
@@ -94,7 +105,7 @@ class Keeper:
         self._drain_ends = {name: end for name, end in self._drain_ends.items() if name in known | in_use}
         waiting = sum(not lane.stages for lane in self.lanes)
         chains, _ = chain(self._free(None), self._fingerprint)
-        for _ in range(len(chains) - waiting):
+        for _ in range(min(len(chains) - waiting, self._num_allowed() - len(self.lanes))):
             lane = Lane(
                 str(next(self._lane_numbers)),
                 self._make_scheduler,
@@ -107,6 +118,11 @@ class Keeper:
             task = asyncio.create_task(self._keep(lane))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _num_allowed(self) -> int:
+        """How many lanes there may be by now."""
+        eager = self._settings.eager_pipelines
+        return 1 << 30 if eager is None or time.monotonic() >= self._patient_until_s else eager
 
     def _make_scheduler(self, pipeline: Pipeline) -> Scheduler:
         return Scheduler(
@@ -170,11 +186,14 @@ class Keeper:
             lane.stages = ()
             self.notify()
             # A change of membership ends the wait, unless pipelines that were opened broke at once.
+            delay_s = restarts.delay_s * random.uniform(
+                0.5, 1.0
+            )  # gateways that refuse each other must not do so in step
             if restarts.num_fruitless > 1:
-                await asyncio.sleep(restarts.delay_s)
+                await asyncio.sleep(delay_s)
             else:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._membership.wait(), restarts.delay_s)
+                    await asyncio.wait_for(self._membership.wait(), delay_s)
 
     async def _account(self, lane: Lane, pipeline: Pipeline) -> None:
         """Find out which stages died, of which steps."""
@@ -288,7 +307,7 @@ class Keeper:
         for choice in lane.take_all():
             min(ready, key=lambda other: other.load).adopt(choice)
         # A suspect that recovers changes no membership, so look again when suspicion has passed.
-        asyncio.get_running_loop().call_later(SUSPECT_S, self._on_membership)
+        asyncio.get_running_loop().call_later(SUSPECT_S * random.uniform(0.8, 1.2), self._on_membership)
         return True
 
     def _on_draining(self, incarnation: str, remaining_s: float) -> None:
