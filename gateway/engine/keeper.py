@@ -164,7 +164,10 @@ class Keeper:
                 logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch)
                 await self._until_over(lane, pipeline)
             except StagelineError as error:
-                logger.warning("pipeline %s: %s: %s", lane.name, error.reason, error.message)
+                level = (
+                    logging.INFO if error.reason == "STAGE_CLAIMED" else logging.WARNING
+                )  # another gateway was first
+                logger.log(level, "pipeline %s: %s: %s", lane.name, error.reason, error.message)
             except Exception:  # a bug of ours must not end the lane and everything in it
                 logger.exception("pipeline %s: unexpected error", lane.name)
             finally:

@@ -159,7 +159,7 @@ async def test_with_one_pipeline_requests_wait(children, caplog) -> None:
 async def test_of_two_gateways_one_is_killed_and_one_is_rolled(children) -> None:
     """Each owns one pipeline of the pool. What the dead one owned the other takes over; clients lose no token."""
     stages = [children.stage(*LAYERS[i % 2], **STAGE) for i in range(4)]
-    settings = {**SETTINGS, "eager_pipelines": 1, "patience_s": 2.0}
+    settings = {**SETTINGS, "eager_pipelines": 1, "patience_s": 8.0}
     gateways = [children.gateway(stages, settings=settings) for _ in range(2)]  # ready: each has a whole pipeline
     addresses = [gateway["grpc"] for gateway in gateways]
     async with (
@@ -172,7 +172,7 @@ async def test_of_two_gateways_one_is_killed_and_one_is_rolled(children) -> None
             return [one.state for one in await pipelines(survivor)] == ["ready", "ready"]
 
         assert [one.state for one in await pipelines(survivor)] == ["ready"]
-        streams = Streams([first, second])
+        streams = Streams([first, second], max_tokens=50)
         await streams.moved_on()
         children.signal(gateways[0], signal.SIGKILL)
         await until(has_all, 30)
@@ -182,7 +182,7 @@ async def test_of_two_gateways_one_is_killed_and_one_is_rolled(children) -> None
         # The rolling update of a gateway: a new one comes, the old one drains and gives its pipelines back.
         new = children.gateway(stages, settings=settings, wait_ready=False)
         async with AsyncClient([addresses[1], new["grpc"]], backoff=QUICK) as moving:
-            rolled = Streams([moving])
+            rolled = Streams([moving], max_tokens=50)
             await rolled.moved_on(3)
             children.signal(gateways[1], signal.SIGTERM)
             await until(lambda: gone(gateways[1]))
