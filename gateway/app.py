@@ -86,6 +86,7 @@ def application(config: configuration.Config) -> serve.Application:
             num_cpus=config.stages.num_cpus,
             num_gpus=config.stages.num_gpus,
             retries=3,
+            drain_timeout_s=config.stages.drain_timeout_s,
         )
         for index, layers in enumerate(ranges)
     ]
@@ -149,6 +150,7 @@ def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, n
         "host": config.stages.host,
         "shared_memory_bytes": config.stages.shared_memory_bytes,
         "stall_timeout_s": 2 * config.pipelines.stall_timeout_s,
+        "drain_timeout_s": config.stages.drain_timeout_s,
         **config.security.stage_files(),
     }
 
@@ -192,6 +194,8 @@ class Gateway:
             max_request_kv_fraction=parsed.scheduler.max_request_kv_fraction,
             prefix_caching=parsed.kv_cache.prefix_caching,
             lease_s=parsed.pipelines.lease_s,
+            eager_pipelines=parsed.pipelines.eager,
+            patience_s=parsed.pipelines.patience_s,
             stall_timeout_s=parsed.pipelines.stall_timeout_s,
             stage_access=StageAccess(**security.stage_files()),
             canary_interval_s=parsed.pipelines.canary_interval_s,

@@ -72,6 +72,9 @@ class StagesSection(_Section):
         description="memory through which a stage passes hidden states to the next one on its host; 0: over the socket",
     )  # fmt: skip
     host: str | None = Field(None, description="address stage servers listen on; default: the node's")
+    drain_timeout_s: float = Field(
+        20.0, ge=0, description="seconds a stage that is to stop goes on, while its sequences end or move elsewhere"
+    )
 
 
 class KvCacheSection(_Section):
@@ -107,6 +110,14 @@ class PipelinesSection(_Section):
     idle_s: float = Field(300.0, ge=0, description="seconds of less demand before pipelines are taken away")
 
     lease_s: float = Field(10.0, gt=0, description="seconds a claim of a stage lasts without a renewal")
+    eager: int | None = Field(
+        None,
+        ge=1,
+        description="pipelines that one of several gateways takes at once; all that are free after patience_s",
+    )
+    patience_s: float = Field(
+        30.0, ge=0, description="seconds from its start before a gateway takes more than `eager` pipelines"
+    )
     stall_timeout_s: float = Field(
         60.0, gt=0, description="seconds without a returned step after which a stage that answers calls counts as hung"
     )

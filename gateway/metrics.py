@@ -30,7 +30,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[PipelineStatus], float]], ...] = (
         "Share of the KV blocks that sequences hold, from 0 to 1; cached prefixes count as free.",
         lambda one: 1 - one.num_free_blocks / one.num_blocks if one.num_blocks else 0.0,
     ),
-    ("pipeline_ready", "1 while the pipeline returns its steps, else 0.", lambda one: one.state == "ready"),
+    (
+        "pipeline_ready",
+        "1 while the pipeline returns its steps, else 0.",
+        lambda one: one.state in ("ready", "draining"),
+    ),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[PipelineStatus], float]], ...] = (
     ("num_preemptions", "Sequences that lost their KV blocks to others.", lambda one: one.num_preemptions),

@@ -146,8 +146,10 @@ def stage_application(
     num_cpus: float,
     num_gpus: float,
     retries: int,
+    drain_timeout_s: float,
 ) -> serve.Application:
-    """One deployment for stage `index`; `retries` bounds constructor attempts before Serve reports a failure.
+    """One deployment for stage `index`; `retries` bounds constructor attempts before Serve reports a failure, and what is to
+    stop gets a little longer than `drain_timeout_s`.
 
     `replicas` is their number, or the fields of Serve's AutoscalingConfig.
     """
@@ -161,7 +163,7 @@ def stage_application(
         max_constructor_retry_count=retries,
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
-        graceful_shutdown_timeout_s=20.0,
+        graceful_shutdown_timeout_s=drain_timeout_s + 10,
         graceful_shutdown_wait_loop_s=0.1,
     )
     application: serve.Application = deployment.bind(index, spec)

@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--block-size-tokens", type=int, help="tokens of a KV block; default 16, on CUDA 256")
     parser.add_argument("--kv-memory-bytes", type=int, help="bytes of the KV cache; default 1 GiB on the CPU")
     parser.add_argument("--num-blocks", type=int, help="KV blocks, instead of --kv-memory-bytes")
+    parser.add_argument(
+        "--drain-timeout-s",
+        type=float,
+        default=20.0,
+        help="seconds to go on for the owner after SIGTERM; the next signal ends that",
+    )
     parser.add_argument("--num-threads", type=int, help="CPU threads")
     parser.add_argument("--certificate-file", metavar="PEM", help="this process's certificate chain: mutual TLS")
     parser.add_argument("--key-file", metavar="PEM", help="its private key")
@@ -70,14 +76,17 @@ async def _serve(spec: StageSpec) -> None:
     from stages.replica import StageReplica  # torch takes seconds; --help and a wrong argument should not
 
     replica = StageReplica(spec)
-    stop = asyncio.Event()
+    stop, now = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: (now if stop.is_set() else stop).set())
     await replica.start()
     print(f"ready grpc://{replica.address} layers {spec.start_layer}-{spec.end_layer}", flush=True)
     await stop.wait()
-    await replica.drain()
+    draining, hurry = asyncio.create_task(replica.drain()), asyncio.create_task(now.wait())
+    await asyncio.wait({draining, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    hurry.cancel()
     await replica.stop()
 
 

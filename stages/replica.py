@@ -161,9 +161,10 @@ class StageReplica:
             )
 
     async def drain(self) -> None:
-        """Take no new claim and tell the owner."""
+        """Take no new claim, tell the owner, and wait until it let go of this stage, for at most `spec.drain_timeout_s`."""
         if self._server is not None:
-            await self._server.drain()
+            await self._server.drain(self.spec.drain_timeout_s)
+            await self._server.drained()
 
     async def stop(self) -> None:
         """End everything."""

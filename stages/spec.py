@@ -35,7 +35,8 @@ class StageSpec:
 
     Raises ConfigError where a value cannot be right on any machine; what depends on the machine or the checkpoint is
     checked when the stage starts. After `stall_timeout_s` in one step a replica reports itself unhealthy, so that it is
-    replaced; the gateway gives up on it earlier (pipelines.stall_timeout_s). `stages.server.access.StageAccess` says what the
+    replaced; the gateway gives up on it earlier (pipelines.stall_timeout_s). A replica that is to stop goes on for its owner for
+    at most `drain_timeout_s`. `stages.server.access.StageAccess` says what the
     files are. `shared_memory_bytes` bounds the ring to a next stage on the same host; 0: none.
     """
 
@@ -58,6 +59,7 @@ class StageSpec:
     revision: str | None = None
     queue_depth_steps: int = 8
     stall_timeout_s: float = 120.0
+    drain_timeout_s: float = 20.0
     certificate_file: str | None = None
     key_file: str | None = None
     ca_file: str | None = None
@@ -84,6 +86,10 @@ class StageSpec:
         self._check("cuda_graphs", recorded, "false on the CPU and in batch-invariant mode")
         seconds = self.stall_timeout_s
         self._check("stall_timeout_s", isinstance(seconds, int | float) and seconds > 0, "a number of seconds over 0")
+        seconds = self.drain_timeout_s
+        self._check(
+            "drain_timeout_s", isinstance(seconds, int | float) and seconds >= 0, "a number of seconds, 0 or more"
+        )
         for name, low, high in _INTEGERS:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:

@@ -295,7 +295,7 @@ class Engine:
                 if usable := self._usable():
                     if len(usable) == 1:
                         return usable[0]
-                    return min(usable, key=lambda lane: (not lane.moving, lane.cost_tokens(sequence)))
+                    return min(usable, key=lambda lane: (not lane.moving, lane.draining, lane.cost_tokens(sequence)))
                 changed = self._keeper.changed.wait()
                 try:
                     await asyncio.wait_for(changed, None if deadline_s is None else _remaining(deadline_s))

@@ -7,12 +7,14 @@ import contextlib
 import itertools
 import logging
 import math
+import random
 import time
 from collections.abc import Callable
 
 from gateway.engine.canary import keep_proving, prove
 from gateway.engine.choice import ChoiceState
 from gateway.engine.deltas import Deltas
+from gateway.engine.drain import Action, Situation, choose, reopen_wait_s, stays
 from gateway.engine.lane import Lane, replica_status
 from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings
@@ -30,6 +32,7 @@ logger = logging.getLogger("stageline.gateway")
 
 SUSPECT_S = 5.0  # how long a replica that cannot be claimed is passed over while others can take its place
 ASK_TIMEOUT_S = 1.0
+DRAIN_PERIOD_S = 0.1  # how often a draining pipeline is looked at
 
 MakeChoice = Callable[[GenerateRequest, int, Deltas], ChoiceState]
 
@@ -55,16 +58,25 @@ class Keeper:
         self._owner_id = new_owner_id()
         self._lane_numbers = itertools.count()
         self._suspects: dict[str, float] = {}  # incarnation → until when, on the monotonic clock
+        self._drain_ends: dict[str, float] = {}  # incarnation → when it stops, on the monotonic clock
+        self._patient_until_s = 0.0
+        self._stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin to form pipelines as replicas appear."""
         self._registry.on_change = self._on_membership
+        if self._settings.eager_pipelines is not None:
+            # The jitter keeps gateways that began together from asking together.
+            patience_s = self._settings.patience_s * random.uniform(1.0, 1.2)
+            self._patient_until_s = time.monotonic() + patience_s
+            asyncio.get_running_loop().call_later(patience_s, self._on_membership)
         self._on_membership()
 
     async def stop(self) -> None:
         """Give every stage back."""
         self._registry.on_change = lambda: None
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -80,14 +92,20 @@ class Keeper:
 
     def _on_membership(self) -> None:
         """Open a lane for every complete chain of replicas that no lane uses; lanes that lost theirs come first."""
+        if self._stopped:
+            return
         self._membership.set()
         self._membership = asyncio.Event()
         self.notify()
         known = {record.incarnation for record in self._registry.replicas()}
-        self._suspects = {name: until for name, until in self._suspects.items() if name in known}
+        in_use = {
+            stage.incarnation for lane in self.lanes for stage in lane.stages
+        }  # Serve lists no replica that drains
+        self._suspects = {name: until for name, until in self._suspects.items() if name in known | in_use}
+        self._drain_ends = {name: end for name, end in self._drain_ends.items() if name in known | in_use}
         waiting = sum(not lane.stages for lane in self.lanes)
         chains, _ = chain(self._free(None), self._fingerprint)
-        for _ in range(len(chains) - waiting):
+        for _ in range(min(len(chains) - waiting, self._num_allowed() - len(self.lanes))):
             lane = Lane(
                 str(next(self._lane_numbers)),
                 self._make_scheduler,
@@ -100,6 +118,11 @@ class Keeper:
             task = asyncio.create_task(self._keep(lane))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _num_allowed(self) -> int:
+        """How many lanes there may be by now."""
+        eager = self._settings.eager_pipelines
+        return 1 << 30 if eager is None or time.monotonic() >= self._patient_until_s else eager
 
     def _make_scheduler(self, pipeline: Pipeline) -> Scheduler:
         return Scheduler(
@@ -120,7 +143,7 @@ class Keeper:
             stages = self._pick(self._trusted(lane))
             if stages is None and self._hand_over(lane):
                 return
-            stages = stages or self._pick(self._free(lane))
+            stages = stages or self._pick([one for one in self._free(lane) if one.incarnation not in self._drain_ends])
             if stages is None:
                 await self.changed.wait()
                 continue
@@ -141,7 +164,10 @@ class Keeper:
                 logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch)
                 await self._until_over(lane, pipeline)
             except StagelineError as error:
-                logger.warning("pipeline %s: %s: %s", lane.name, error.reason, error.message)
+                level = (
+                    logging.INFO if error.reason == "STAGE_CLAIMED" else logging.WARNING
+                )  # another gateway was first
+                logger.log(level, "pipeline %s: %s: %s", lane.name, error.reason, error.message)
             except Exception:  # a bug of ours must not end the lane and everything in it
                 logger.exception("pipeline %s: unexpected error", lane.name)
             finally:
@@ -163,11 +189,14 @@ class Keeper:
             lane.stages = ()
             self.notify()
             # A change of membership ends the wait, unless pipelines that were opened broke at once.
+            delay_s = restarts.delay_s * random.uniform(
+                0.5, 1.0
+            )  # gateways that refuse each other must not do so in step
             if restarts.num_fruitless > 1:
-                await asyncio.sleep(restarts.delay_s)
+                await asyncio.sleep(delay_s)
             else:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._membership.wait(), restarts.delay_s)
+                    await asyncio.wait_for(self._membership.wait(), delay_s)
 
     async def _account(self, lane: Lane, pipeline: Pipeline) -> None:
         """Find out which stages died, of which steps."""
@@ -185,7 +214,7 @@ class Keeper:
 
     async def _until_over(self, lane: Lane, pipeline: Pipeline) -> None:
         """Raises the cause when the pipeline breaks or a canary does not come back, STAGE_DRAINING when a stage drains and
-        others can take over."""
+        the pipeline is to end for it."""
         settings = self._settings
         broken = asyncio.create_task(pipeline.broken.wait())
         proving = asyncio.create_task(
@@ -198,13 +227,20 @@ class Keeper:
             )
         )
         try:
+            waited_until_s: float | None = None
             while pipeline.cause is None:
-                draining = any(self._suspects.get(stage.incarnation) == math.inf for stage in pipeline.stages)
-                if draining and self._pick(self._trusted(lane)) is not None:
-                    raise UnavailableError("STAGE_DRAINING", "a stage is about to stop, others take over")
+                ends = [
+                    end for stage in pipeline.stages if (end := self._drain_ends.get(stage.incarnation)) is not None
+                ]
+                if ends:
+                    waited_until_s = self._drain(lane, min(ends), waited_until_s)
                 changed = asyncio.create_task(self.changed.wait())
                 try:
-                    await asyncio.wait({broken, changed, proving}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(
+                        {broken, changed, proving},
+                        return_when=asyncio.FIRST_COMPLETED,
+                        timeout=DRAIN_PERIOD_S if ends else None,
+                    )
                 finally:
                     changed.cancel()
                 if proving.done():
@@ -215,6 +251,56 @@ class Keeper:
             proving.cancel()
             await asyncio.gather(proving, return_exceptions=True)
 
+    def _drain(self, lane: Lane, end_s: float, waited_until_s: float | None) -> float | None:
+        """Do what `choose` says of a lane one of whose stages stops at `end_s`. Raises STAGE_DRAINING when the pipeline is to
+        end now; returns until when other replicas wait to take over, once there are any."""
+        now_s = time.monotonic()
+        lane.draining = True
+        sequences, here = lane.remainders(), lane.pace()
+        standing = [other for other in self.lanes if other is not lane and other.moving and not other.draining]
+        replaced = self._pick(self._trusted(lane)) is not None
+        if replaced and waited_until_s is None:
+            wait_s = reopen_wait_s((one for _, one in sequences), remaining_s=end_s - now_s, here=here)
+            waited_until_s = now_s + wait_s
+        mended = self._mended_by(lane)
+        action = choose(
+            Situation(
+                remaining_s=end_s - now_s,
+                num_sequences=len(sequences),
+                replaced=replaced,
+                others_ready=bool(standing),
+                mends_another=mended is not None,
+                wait_s=0.0 if waited_until_s is None or not sequences else waited_until_s - now_s,
+            )
+        )
+        if action in (Action.MOVE, Action.MERGE):
+            targets = standing if action is Action.MOVE or mended is None else [mended]
+            for choice, sequence in sequences:
+                target = min(targets, key=lambda other: other.load)
+                if action is Action.MERGE or not stays(
+                    sequence, remaining_s=end_s - now_s, here=here, there=target.pace()
+                ):
+                    lane.take(choice)
+                    target.adopt(choice)
+            lane.pump()
+            if lane.remainders():
+                return waited_until_s
+        if action is not Action.GO_ON:
+            raise UnavailableError("STAGE_DRAINING", f"a stage is about to stop: {action.value}")
+        return waited_until_s
+
+    def _mended_by(self, lane: Lane) -> Lane | None:
+        """Another draining lane that has a whole chain once this one gives its stages up. Of two that could mend each other,
+        the older one is mended."""
+        for other in self.lanes:
+            if other is lane:
+                return None
+            if other.moving and other.draining:
+                ours = [stage for stage in lane.stages if stage.incarnation not in self._drain_ends]
+                if self._pick([*self._trusted(other), *ours]) is not None:
+                    return other
+        return None
+
     def _hand_over(self, lane: Lane) -> bool:
         """Give up a lane that has no replicas while another one is ready: its sequences are computed again there."""
         ready = [other for other in self.lanes if other is not lane and other.state == "ready"]
@@ -224,11 +310,13 @@ class Keeper:
         for choice in lane.take_all():
             min(ready, key=lambda other: other.load).adopt(choice)
         # A suspect that recovers changes no membership, so look again when suspicion has passed.
-        asyncio.get_running_loop().call_later(SUSPECT_S, self._on_membership)
+        asyncio.get_running_loop().call_later(SUSPECT_S * random.uniform(0.8, 1.2), self._on_membership)
         return True
 
-    def _on_draining(self, incarnation: str) -> None:
+    def _on_draining(self, incarnation: str, remaining_s: float) -> None:
         self._suspects[incarnation] = math.inf
+        self._drain_ends.setdefault(incarnation, time.monotonic() + remaining_s)
+        logger.info("a stage drains, %.0f s are left", remaining_s)
         self.notify()
 
     def _trusted(self, lane: Lane) -> list[ReplicaRecord]:

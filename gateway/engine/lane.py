@@ -8,6 +8,7 @@ from collections.abc import Sequence as Sequence_
 from functools import partial
 
 from gateway.engine.choice import ChoiceState
+from gateway.engine.drain import Pace, Remainder
 from gateway.engine.invariants import LaneState
 from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
@@ -30,6 +31,7 @@ from stageline.errors import (
 )
 from stageline.stage.v1 import stage_service_pb2 as pb
 
+RECENT = 0.2  # weight of the newest step
 SEQUENCE_COST_TOKENS = 64
 """A sequence that decodes holds up a newcomer about as much as this many prompt tokens (a step, against a prefill)."""
 
@@ -63,6 +65,9 @@ class Lane:
         self._unready_after_s = unready_after_s
         self._moved_s = 0.0  # when a step came back, or the first of several was sent; on the monotonic clock
         self._handling_s = 0.0  # what the last result took here, until the next step was sent
+        self.draining = False
+        """A stage is about to stop: new work goes elsewhere if there is an elsewhere."""
+        self._token_s: float | None = None  # from one token of a sequence to the next, a moving average
 
     @property
     def load(self) -> int:
@@ -91,13 +96,14 @@ class Lane:
         ahead = self.scheduler.backlog_tokens + self.load * SEQUENCE_COST_TOKENS
         return ahead + sequence.num_tokens - self.scheduler.num_cached_tokens(sequence)
 
-    async def open(self, pipeline: Pipeline, on_draining: Callable[[str], None]) -> None:
+    async def open(self, pipeline: Pipeline, on_draining: Callable[[str, float], None]) -> None:
         """Claim and wire a chain. Every sequence waits to be computed again; `pump` makes them go on."""
         await pipeline.open(self._on_result, on_draining)
         self._sent.clear()
         self._moved_s = time.monotonic()
         self._outbox.clear()
         self.num_tokens = 0
+        self._token_s = None
         if self.scheduler is None:
             self.scheduler = self._make_scheduler(pipeline)
         elif self.scheduler.block_size_tokens != pipeline.block_size_tokens:
@@ -145,6 +151,7 @@ class Lane:
     def detach(self) -> None:
         """The pipeline is over; sequences stay and wait for the next one."""
         self.pipeline = None
+        self.draining = False
         self.state = "forming" if self.scheduler is None else "recovering"
 
     @property
@@ -183,6 +190,28 @@ class Lane:
         for choice in choices:
             choice.move()
         return choices
+
+    def take(self, choice: ChoiceState | Track) -> None:
+        """Give one sequence away, steps of it in flight or not: what they bring is ignored, and computed again elsewhere."""
+        if self._drop(choice):
+            choice.move()
+
+    def pace(self) -> Pace:
+        """What computing takes here now."""
+        scheduler = self.scheduler
+        return Pace(
+            token_s=self._token_s,
+            prefill_token_s=None if scheduler is None else scheduler.costs.prefill_token_s(0),
+            backlog_tokens=0 if scheduler is None else scheduler.backlog_tokens,
+        )
+
+    def remainders(self) -> list[tuple[ChoiceState | Track, Remainder]]:
+        """The sequences of requests, and what each has before it."""
+        return [
+            (choice, _remainder(choice))
+            for choice in self._choices.values()
+            if choice.sequence.priority < PROBE_PRIORITY
+        ]
 
     def cancel(self, choice: ChoiceState | Track) -> None:
         """Drop a sequence; its blocks go back as soon as nothing in flight touches them."""
@@ -233,7 +262,7 @@ class Lane:
         return PipelineStatus(
             id=self.name,
             epoch=self.pipeline.epoch if self.pipeline else 0,
-            state="stalled" if self.state == "ready" and not self.moving else self.state,
+            state=self._shown_state(),
             stages=tuple(replica_status(stage, "connected" if self.pipeline else "claimed") for stage in self.stages),
             num_blocks=self.pipeline.num_blocks if self.pipeline else 0,
             num_free_blocks=scheduler.num_free_blocks if scheduler else 0,
@@ -243,6 +272,11 @@ class Lane:
             num_preemptions=scheduler.num_preemptions if scheduler else 0,
             num_recoveries=self.num_recoveries,
         )
+
+    def _shown_state(self) -> str:
+        if self.state != "ready":
+            return self.state
+        return "stalled" if not self.moving else "draining" if self.draining else "ready"
 
     def holdings(self) -> LaneState:
         """For the check of an idle engine."""
@@ -274,7 +308,10 @@ class Lane:
                 self._feed.publish(
                     describe_step(self.name, self.pipeline.epoch, batch, result, sent_s=sent_s, returned_s=arrived_s)
                 )
-            timing = step_timing(result, arrived_s - sent_s + self._handling_s)
+            ring_s = arrived_s - sent_s + self._handling_s
+            if not any(row.is_prefill for row in batch.rows):
+                self._token_s = ring_s if self._token_s is None else self._token_s + RECENT * (ring_s - self._token_s)
+            timing = step_timing(result, ring_s)
             self._on_rows(batch, {row.sequence_id: row for row in result.rows}, timing, arrived_s)
         self.pump()
         self._handling_s = time.monotonic() - arrived_s
@@ -291,6 +328,8 @@ class Lane:
             sequence_id = row.sequence.sequence_id
             choice = self._choices.get(sequence_id)
             if choice is None or not (row.wants_output or row.target_ids):  # cancelled on the way, or a prefill chunk
+                continue
+            if choice.sequence is not row.sequence:  # it was moved away and came back
                 continue
             forced = row.sequence.forced_token_id
             try:
@@ -347,6 +386,16 @@ def step_timing(result: pb.StepResult, ring_s: float) -> StepTiming | None:
 def deadline_exceeded() -> DeadlineExceededError:
     """The error of a request whose deadline has come."""
     return DeadlineExceededError("DEADLINE_EXCEEDED", "the request's deadline passed before it ended")
+
+
+def _remainder(choice: ChoiceState | Track) -> Remainder:
+    sequence = choice.sequence
+    most = sequence.max_total_tokens - sequence.num_tokens
+    return Remainder(
+        left_tokens=None if isinstance(choice, Track) else most,
+        num_tokens=sequence.num_tokens,
+        begun=sequence.num_computed_tokens > 0,
+    )
 
 
 def _result(results: Mapping[int, pb.RowResult], sequence_id: int) -> pb.RowResult:

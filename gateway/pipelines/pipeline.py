@@ -27,7 +27,7 @@ RPC_TIMEOUT_S = 30.0  # a claim waits for the running kernel, a connect for the 
 RELEASE_TIMEOUT_S = PROGRESS_TIMEOUT_S = 1.0
 
 OnResult = Callable[[pb.StepResult], None]
-OnDraining = Callable[[str], None]
+OnDraining = Callable[[str, float], None]
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
@@ -61,7 +61,8 @@ class Pipeline:
     async def open(self, on_result: OnResult, on_draining: OnDraining) -> None:
         """Claim and wire every stage. Raises StagelineError where one refuses or does not answer.
 
-        `on_result` gets every answer, in order; `on_draining` the incarnation of a stage that is about to stop.
+        `on_result` gets every answer, in order; `on_draining` the incarnation of a stage that is about to stop,
+        and how many seconds it still goes on.
         """
         try:
             described = await asyncio.gather(
@@ -244,7 +245,7 @@ class Pipeline:
                     address=link.address,
                 )
             if event.HasField("draining"):
-                on_draining(stage.incarnation)
+                on_draining(stage.incarnation, event.draining.remaining_s)
         raise UnavailableError("WATCH_ENDED", f"the stage at {stage.address} ended its watch", address=stage.address)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

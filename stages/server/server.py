@@ -27,6 +27,7 @@ from stages.server.streams import DataStreams
 from stages.spec import DEFAULT_SHARED_MEMORY_BYTES
 
 LEASE_POLL_S = 0.2
+DRAIN_POLL_S = 0.05
 _SERVICES = ("", "stageline.stage.v1.StageService")
 _STATES = {
     State.SPARE: pb.STAGE_STATE_SPARE,
@@ -72,6 +73,7 @@ class StageServer(pb_grpc.StageServiceServicer):
         self._server: grpc.aio.Server | None = None
         self._access = OPEN
         self.failure: BaseException | None = None
+        self._drain_ends_s = 0.0  # on the monotonic clock
 
     async def start(self, host: str, port: int, access: StageAccess = OPEN) -> int:
         """Listen; returns the port. Raises ConfigError where it cannot be had."""
@@ -96,11 +98,17 @@ class StageServer(pb_grpc.StageServiceServicer):
         self._leases = asyncio.create_task(self._lease_loop())
         return listener.port
 
-    async def drain(self) -> None:
-        """Take no new claim and tell the owner."""
+    async def drain(self, timeout_s: float = 0.0) -> None:
+        """Take no new claim, and tell the owner that so many seconds are left; returns at once."""
         self._claims = self._claims.drain()
-        self._epoch.publish(pb.WatchResponse(draining=pb.Draining()))
+        self._drain_ends_s = time.monotonic() + timeout_s
+        self._epoch.publish(self._draining())
         await self._set_health()
+
+    async def drained(self) -> None:
+        """Return once nobody owns this stage, or the time that `drain` gave is up."""
+        while self._claims.owner_id and time.monotonic() < self._drain_ends_s:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def stop(self) -> None:
         """End everything; the running kernel finishes first."""
@@ -222,7 +230,7 @@ class StageServer(pb_grpc.StageServiceServicer):
         events = asyncio.Queue[pb.WatchResponse]()
         epoch.watchers.add(events)
         if self._claims.draining:
-            events.put_nowait(pb.WatchResponse(draining=pb.Draining()))
+            events.put_nowait(self._draining())
         try:
             yield pb.WatchResponse(watching=pb.Watching())
             while True:
@@ -231,6 +239,10 @@ class StageServer(pb_grpc.StageServiceServicer):
             await abort(context, self._claims.stale(request.epoch))
         finally:
             epoch.watchers.discard(events)
+
+    def _draining(self) -> pb.WatchResponse:
+        remaining_s = max(0.0, self._drain_ends_s - time.monotonic())
+        return pb.WatchResponse(draining=pb.Draining(remaining_s=remaining_s))
 
     def _admit(self, epoch: int, incarnation: str) -> Epoch:
         """The current epoch, if that is what is meant and its lease runs."""

@@ -132,8 +132,15 @@ def nursery() -> Iterator[Nursery]:
             process.stdin.close()
 
 
-async def stage(layers: Sequence[int], num_blocks: int, delay_s: float = 0.0, port: int = 0) -> None:
-    """A toy stage, until killed."""
+async def stage(
+    layers: Sequence[int],
+    num_blocks: int,
+    delay_s: float = 0.0,
+    port: int = 0,
+    drain_s: float = 5.0,
+    fingerprint: str | None = None,
+) -> None:
+    """A toy stage, until killed; after SIGTERM it drains and ends."""
     from engine_helpers import FINGERPRINT, ToyRunner
 
     from stages.executor import StageExecutor
@@ -142,11 +149,19 @@ async def stage(layers: Sequence[int], num_blocks: int, delay_s: float = 0.0, po
 
     runner = ToyRunner(LayerRange(*layers), delay_s=delay_s)
     server = StageServer(
-        StageExecutor(runner), fingerprint=FINGERPRINT, kv_capacity_blocks=num_blocks, queue_depth_steps=8
+        StageExecutor(runner),
+        fingerprint=fingerprint or FINGERPRINT,
+        kv_capacity_blocks=num_blocks,
+        queue_depth_steps=8,
     )
     port = await server.start("127.0.0.1", port)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     _say(address=f"127.0.0.1:{port}")
-    await asyncio.Event().wait()
+    await stop.wait()
+    await server.drain(drain_s)
+    await server.drained()
+    await server.stop()
 
 
 async def gateway(
@@ -156,8 +171,11 @@ async def gateway(
     model: str | None = None,
     write_timeout_s: float = 60.0,
     send_buffer_bytes: int = 0,
+    fingerprint: str | None = None,
+    drain_s: float = 5.0,
+    wait_ready: bool = True,
 ) -> None:
-    """Both doors over an engine, until killed."""
+    """Both doors over an engine, until killed; after SIGTERM it drains and ends."""
     import uvicorn
     from engine_helpers import FINGERPRINT, VOCAB_SIZE, byte_tokenizer
 
@@ -170,7 +188,7 @@ async def gateway(
     from gateway.types import ModelInfo
     from stages.checkpoint import open_checkpoint
 
-    fingerprint, vocab_size, tokenizer = FINGERPRINT, VOCAB_SIZE, None
+    fingerprint, vocab_size, tokenizer = fingerprint or FINGERPRINT, VOCAB_SIZE, None
     if model is not None:
         checkpoint = open_checkpoint(model)
         fingerprint, vocab_size = checkpoint.fingerprint, checkpoint.config.vocab_size
@@ -184,7 +202,8 @@ async def gateway(
     await engine.start()
     discovery = StaticDiscovery(stages, registry)
     await discovery.start()
-    await asyncio.wait_for(engine.wait_ready(), 60)
+    if wait_ready:
+        await asyncio.wait_for(engine.wait_ready(), 60)
     frontend = Frontend(engine, tokenizer, None, info)
     grpc_server = await serve_grpc(frontend, "127.0.0.1", 0, write_timeout_s=write_timeout_s)
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
@@ -196,7 +215,13 @@ async def gateway(
     while not http.started:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     _say(grpc=f"127.0.0.1:{grpc_server.port}", http=f"http://127.0.0.1:{listener.getsockname()[1]}")
-    await serving
+    stop = asyncio.Event()
+    # uvicorn takes SIGTERM for itself while it serves
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await stop.wait()
+    await asyncio.gather(engine.stop(drain_s), grpc_server.stop(drain_s + 1))
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
 
 
 async def toy_gateway(port: int, fingerprint: str = "toy", state_url: str | None = None) -> None:
@@ -242,6 +267,7 @@ def main() -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             sys.stdin.close()
             asyncio.run(KINDS[what.pop("kind")](**what))
+            os._exit(0)  # not on to the next line
 
 
 if __name__ == "__main__":

@@ -132,15 +132,15 @@ async def test_a_lost_lease_breaks_the_pipeline_and_another_owner_is_refused(clu
     first = Pipeline(found, owner_id="first", lease_s=0.8)
     second = Pipeline(found, owner_id="second", lease_s=5.0)
     try:
-        await first.open(lambda result: None, lambda incarnation: None)
+        await first.open(lambda result: None, lambda incarnation, remaining_s: None)
         with pytest.raises(FailedPreconditionError) as refused:
-            await second.open(lambda result: None, lambda incarnation: None)
+            await second.open(lambda result: None, lambda incarnation, remaining_s: None)
         assert refused.value.reason == "STAGE_CLAIMED"
         for task in first._tasks:  # a paused process: it neither renews nor notices
             task.cancel()
         await asyncio.sleep(1.2)
         retry = Pipeline(found, owner_id="second", lease_s=5.0)
-        await retry.open(lambda result: None, lambda incarnation: None)
+        await retry.open(lambda result: None, lambda incarnation, remaining_s: None)
         assert retry.epoch > first.epoch
         await retry.close()
     finally:
@@ -156,7 +156,7 @@ async def test_stages_that_saw_different_epochs_agree_on_one(cluster):
         alone._granted = [0]
         await alone._claim()
     both = Pipeline(found, owner_id="me", lease_s=5.0)
-    await both.open(lambda result: None, lambda incarnation: None)
+    await both.open(lambda result: None, lambda incarnation, remaining_s: None)
     assert {stage.server._claims.epoch for stage in stages} == {both.epoch}
     assert both.epoch > alone.epoch
     await both.close()
@@ -172,3 +172,62 @@ async def test_static_discovery_finds_stages_and_forgets_the_dead(cluster):
     await cluster.kill(stages[0])
     await until(lambda: registry.replicas() == (stages[1].record,))
     await discovery.stop()
+
+
+async def two_pipelines(cluster: Cluster):
+    stages = [await cluster.add_stage(a, b, delay_s=0.004) for _ in range(2) for a, b in [(0, 2), (2, NUM_LAYERS)]]
+    engine = await cluster.start()
+    await until(lambda: [one.state for one in engine.pipelines()] == ["ready", "ready"])
+    return engine, stages
+
+
+def of_pipeline(engine, stages: list[ToyStage], place: int) -> list[ToyStage]:
+    pipeline = engine.pipelines()[place]
+    return [next(s for s in stages if s.record.address == replica.address) for replica in pipeline.stages]
+
+
+async def check_two(prompts, tasks) -> None:
+    for prompt, answer in zip(prompts, await asyncio.gather(*tasks), strict=True):
+        assert answer[0].token_ids == expected_tokens(prompt, 40, num_stages=2)
+
+
+async def test_sequences_leave_a_draining_pipeline_for_one_that_stands(cluster):
+    engine, stages = await two_pipelines(cluster)
+    prompts, tasks = load(engine)
+    await asyncio.sleep(0.1)
+    assert not any(task.done() for task in tasks)
+    await of_pipeline(engine, stages, 0)[1].server.drain(0.6)  # too short for any of them
+    await until(lambda: len(engine.pipelines()) == 1)
+    assert not all(task.done() for task in tasks)
+    await check_two(prompts, tasks)
+    await until(lambda: all_free(engine))
+
+
+async def test_two_pipelines_that_drain_make_one(cluster):
+    engine, stages = await two_pipelines(cluster)
+    prompts, tasks = load(engine)
+    await asyncio.sleep(0.1)
+    leaving = [of_pipeline(engine, stages, 0)[0], of_pipeline(engine, stages, 1)[1]]
+    for stage in leaving:
+        await stage.server.drain(20)
+    await asyncio.wait_for(asyncio.gather(*(stage.server.drained() for stage in leaving)), 10)
+    await check_two(prompts, tasks)
+    await until(lambda: [one.state for one in engine.pipelines()] == ["ready"])
+    in_use = {stage.address for stage in engine.pipelines()[0].stages}
+    assert in_use == {stage.record.address for stage in stages if stage not in leaving}
+
+
+async def test_no_sequence_moves_to_other_weights(cluster, monkeypatch):
+    """New weights come pipeline by pipeline; what began on the old ones ends on them."""
+    engine, stages = await two_pipelines(cluster)
+    prompts, tasks = load(engine)
+    monkeypatch.setattr("engine_helpers.FINGERPRINT", "new")
+    new = [await cluster.add_stage(*layers, delay_s=0.004) for layers in [(0, 2), (2, NUM_LAYERS)]]
+    assert {stage.record.fingerprint for stage in new} == {"new"}
+    for stage in of_pipeline(engine, stages, 0):
+        await stage.server.drain(0.6)
+    await until(lambda: len(engine.pipelines()) == 1)
+    await check_two(prompts, tasks)
+    in_use = {replica.address for one in engine.pipelines() for replica in one.stages}
+    assert not in_use & {stage.record.address for stage in new}
+    assert all(stage.server._claims.epoch == 0 for stage in new)

@@ -555,16 +555,21 @@ Global___LinkBroken: _TypeAlias = LinkBroken  # noqa: Y015
 
 @_typing.final
 class Draining(_message.Message):
-    """Draining tells the owner that the replica is about to stop."""
+    """Draining tells the owner that the replica is about to stop: as soon as it is released, or when its time is up."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    REMAINING_S_FIELD_NUMBER: _builtins.int
+    remaining_s: _builtins.float
+    """Seconds it goes on for its owner; 0: none that the owner can count on."""
     def __init__(
         self,
+        *,
+        remaining_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["remaining_s", b"remaining_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

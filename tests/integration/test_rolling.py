@@ -1,0 +1,192 @@
+"""Every stage process is replaced under load, one after the other; streams say what they would have said undisturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_helpers import NUM_LAYERS, expected_tokens
+from process_nursery import Nursery, nursery
+
+from stageline.client import AsyncClient, Backoff
+from stageline.errors import StagelineError
+from stageline.inference.v1 import generation_pb2 as gen
+from stageline.inference.v1 import inference_service_pb2 as pb
+
+LAYERS = ((0, 2), (2, NUM_LAYERS))
+SETTINGS = {"lease_s": 1.0, "canary_interval_s": 1.0}
+STAGE = {"num_blocks": 512, "delay_s": 0.003}
+NO_RETRY = Backoff(initial_s=1000.0, max_s=1000.0)
+QUICK = Backoff(initial_s=0.02, max_s=0.2)
+NUM_STREAMS = 8
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Nursery]:
+    with nursery() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _clean(children) -> Iterator[None]:
+    yield
+    children.kill_all()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def gone(process: dict) -> bool:
+    return not Path(f"/proc/{process['pid']}").exists()
+
+
+async def until(condition, timeout_s: float = 20.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not (await condition() if inspect.iscoroutinefunction(condition) else condition()):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+class Streams:
+    """As many streams as there are prompts, again and again; every answer is compared with what the toy says."""
+
+    def __init__(self, clients: list[AsyncClient], *, max_tokens: int = 100) -> None:
+        self.prompts = [[7 * i + 1] * (i + 1) for i in range(NUM_STREAMS)]
+        self.expected = [expected_tokens(prompt, max_tokens, num_stages=len(LAYERS)) for prompt in self.prompts]
+        self.num_ended = 0
+        self.faults: list[str] = []
+        self.last_token_s = [time.monotonic()] * NUM_STREAMS
+        self.longest_pause_s = 0.0
+        self._clients, self._max_tokens, self._over = clients, max_tokens, False
+        self._tasks = [asyncio.create_task(self._run(index)) for index in range(NUM_STREAMS)]
+
+    async def _run(self, index: int) -> None:
+        while not self._over:
+            generation = gen.Generation(
+                token_ids=gen.TokenIds(ids=self.prompts[index]),
+                sampling=gen.SamplingParams(temperature=0),
+                stop=gen.StopConditions(max_tokens=self._max_tokens, ignore_eos=True),
+            )
+            tokens: list[int] = []
+            client = self._clients[index % len(self._clients)]
+            try:
+                async for message in client.stream_generate(generation, timeout_s=30):
+                    for delta in message.choices:
+                        now_s = time.monotonic()
+                        self.longest_pause_s = max(self.longest_pause_s, now_s - self.last_token_s[index])
+                        self.last_token_s[index] = now_s
+                        tokens += delta.token_ids
+            except StagelineError as error:
+                self.faults.append(f"stream {index}: {error.reason} {error.message}")
+                return
+            if tokens != self.expected[index]:
+                self.faults.append(f"stream {index}: {len(tokens)} tokens, not as expected")
+            self.num_ended += 1
+
+    async def moved_on(self, count: int = NUM_STREAMS) -> None:
+        """Return when so many more streams have ended."""
+        wanted = self.num_ended + count
+        await until(lambda: self.num_ended >= wanted or bool(self.faults))
+
+    async def finish(self) -> None:
+        self._over = True
+        await asyncio.gather(*self._tasks)
+
+
+async def pipelines(client: AsyncClient) -> list[pb.PipelineStatus]:
+    return list((await client.get_model()).pipelines)
+
+
+async def test_every_stage_is_replaced_and_no_request_fails(children, caplog) -> None:
+    """With and without a replacement that is up before the old one goes, turn about. Clients never retry."""
+    ports = free_ports(len(LAYERS) * 4)
+    stages = [children.stage(*LAYERS[i % 2], port=ports[i], **STAGE) for i in range(4)]
+    gateway = children.gateway([{"address": f"127.0.0.1:{port}"} for port in ports], settings=SETTINGS)
+    async with AsyncClient(gateway["grpc"], backoff=NO_RETRY) as client:
+
+        async def whole() -> bool:
+            return [one.state for one in await pipelines(client)] == ["ready", "ready"]
+
+        await until(whole)
+        streams = Streams([client])
+        await streams.moved_on()
+        for place, old in enumerate(stages):
+            late = place % 2 == 1
+            if not late:
+                children.stage(*LAYERS[place % 2], port=ports[4 + place], **STAGE)
+                await asyncio.sleep(1.2)  # until the gateway has found it
+            children.signal(old, signal.SIGTERM)
+            await until(lambda old=old: gone(old))
+            if late:
+                await streams.moved_on(2)  # the other pipeline has it all
+                children.stage(*LAYERS[place % 2], port=ports[4 + place], **STAGE)
+            await until(whole)
+            assert streams.faults == []
+        await streams.finish()
+        assert streams.faults == []
+        in_use = {replica.pid for one in await pipelines(client) for stage in one.stages for replica in stage.replicas}
+        assert not in_use & {stage["pid"] for stage in stages}
+    assert "trying again" not in caplog.text
+
+
+async def test_with_one_pipeline_requests_wait(children, caplog) -> None:
+    ports = free_ports(3)
+    old, _ = [children.stage(*LAYERS[i], port=ports[i], drain_s=0.5, **STAGE) for i in range(2)]
+    gateway = children.gateway([{"address": f"127.0.0.1:{port}"} for port in ports], settings=SETTINGS)
+    async with AsyncClient(gateway["grpc"], backoff=NO_RETRY) as client:
+        streams = Streams([client])
+        await streams.moved_on(3)
+        children.signal(old, signal.SIGTERM)
+        await until(lambda: gone(old))
+        await asyncio.sleep(0.5)
+        children.stage(*LAYERS[0], port=ports[2], **STAGE)
+        await streams.moved_on()
+        await streams.finish()
+    assert streams.faults == []
+    assert "trying again" not in caplog.text
+
+
+async def test_of_two_gateways_one_is_killed_and_one_is_rolled(children) -> None:
+    """Each owns one pipeline of the pool. What the dead one owned the other takes over; clients lose no token."""
+    stages = [children.stage(*LAYERS[i % 2], **STAGE) for i in range(4)]
+    settings = {**SETTINGS, "eager_pipelines": 1, "patience_s": 8.0}
+    gateways = [children.gateway(stages, settings=settings) for _ in range(2)]  # ready: each has a whole pipeline
+    addresses = [gateway["grpc"] for gateway in gateways]
+    async with (
+        AsyncClient(addresses, backoff=QUICK) as first,
+        AsyncClient(addresses[::-1], backoff=QUICK) as second,
+        AsyncClient(addresses[1]) as survivor,
+    ):
+
+        async def has_all() -> bool:
+            return [one.state for one in await pipelines(survivor)] == ["ready", "ready"]
+
+        assert [one.state for one in await pipelines(survivor)] == ["ready"]
+        streams = Streams([first, second], max_tokens=50)
+        await streams.moved_on()
+        children.signal(gateways[0], signal.SIGKILL)
+        await until(has_all, 30)
+        await streams.moved_on()
+        assert streams.faults == []
+        await streams.finish()
+        # The rolling update of a gateway: a new one comes, the old one drains and gives its pipelines back.
+        new = children.gateway(stages, settings=settings, wait_ready=False)
+        async with AsyncClient([addresses[1], new["grpc"]], backoff=QUICK) as moving:
+            rolled = Streams([moving], max_tokens=50)
+            await rolled.moved_on(3)
+            children.signal(gateways[1], signal.SIGTERM)
+            await until(lambda: gone(gateways[1]))
+            await rolled.moved_on()
+            await rolled.finish()
+    assert rolled.faults == []
+    assert streams.faults == []
