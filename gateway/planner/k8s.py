@@ -28,6 +28,7 @@ _DECIDED = {"model.path", "model.name", "model.dtype", "model.revision", "stages
 _NOT_HERE = {"stages.replicas", "stages.device", "stages.num_cpus", "stages.num_gpus", "stages.host",
              "kv_cache.num_blocks", "kv_cache.memory_bytes", "server.host", "server.grpc_port", "server.http_port",
              "server.ready_timeout_s"}  # fmt: skip
+POLICY = "gateway.autoscale.policy:LockstepPolicy"  # as gateway.app.autoscaling_policy declares it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -154,20 +155,23 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
     hub = hub_id(plan.model) if plan.model in known_models() else plan.model
     name = hub.rpartition("/")[2]
     weights = sum(stage.weight_bytes for stage in plan.stages)
+    fewest, most = pipelines_of(plan, deployment.config)
     counts: dict[str, int] = {}
     for stage in plan.stages:
-        counts[stage.gpu] = counts.get(stage.gpu, 0) + plan.num_pipelines
+        counts[stage.gpu] = counts.get(stage.gpu, 0) + 1
     groups = [
         {
             "name": f"gpu-{gpu}",
             "gpu": gpu,
-            "replicas": count + deployment.spare_gpus,
+            "replicas": count * max(1, fewest) + deployment.spare_gpus,
+            "min_replicas": count * fewest + deployment.spare_gpus,
+            "max_replicas": count * most + deployment.spare_gpus,
             "spare": deployment.spare_gpus,
             "products": _products(gpus[gpu]),
         }
         for gpu, count in counts.items()
     ]
-    inventory = " and ".join(f"{count} x {gpu}" for gpu, count in counts.items())
+    inventory = " and ".join(f"{count * plan.num_pipelines} x {gpu}" for gpu, count in counts.items())
     args = _arguments(plan, deployment.config, f"{MODELS_MOUNT}/{name}", name)
     image = f"{deployment.image}:{deployment.version}"
     return {
@@ -186,11 +190,15 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
         "model_folder": f"{MODELS_MOUNT}/{name}",
         "revision": deployment.config.model.revision or "main",
         "args": yaml.safe_dump(args, sort_keys=False, default_flow_style=False, width=1000).rstrip(),
+        "policy": POLICY,
+        "target_sequences": deployment.config.pipelines.target_sequences,
+        "fewest": fewest,
+        "most": most,
         "gateway_grace_s": math.ceil(args["server"]["drain_timeout_s"]) + 60,
         "kv_tokens": f"{plan.kv_capacity_tokens:,}",
         "stages": plan.stages,
         "gpu_groups": groups,
-        "min_available": max(0, len(plan.stages) * plan.num_pipelines - 1),
+        "min_available": max(0, len(plan.stages) * fewest - 1),
         "cpu_image": f"{image}-cpu",
         "cuda_image": f"{image}-cuda",
         "ray_version": metadata.version("ray"),
@@ -199,16 +207,37 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
     }
 
 
+def pipelines_of(plan: ClusterPlan, config: Config) -> tuple[int, int]:
+    """Fewest and most pipelines: what the GPUs of the plan make, unless `pipelines.max` lets demand decide.
+
+    Raises ConfigError for a `pipelines.min` without `pipelines.max`, and a maximum below what the GPUs make.
+    """
+    asked = config.pipelines
+    if asked.max is None:
+        if "min" in asked.model_dump(exclude_defaults=True):
+            raise ConfigError("PIPELINES_MAX_MISSING", "pipelines.min needs pipelines.max", field="pipelines.max")
+        return plan.num_pipelines, plan.num_pipelines
+    if asked.max < plan.num_pipelines:
+        raise ConfigError(
+            "GPUS_UNUSED",
+            f"the GPUs make {plan.num_pipelines} pipelines and pipelines.max is {asked.max}: raise it, or name fewer GPUs",
+            field="pipelines.max",
+            value=asked.max,
+        )
+    return asked.min, asked.max
+
+
 def _arguments(plan: ClusterPlan, config: Config, folder: str, name: str) -> dict[str, dict[str, Any]]:
     """The application's arguments: what the plan decides, then every other field that is not at its default."""
     planned: dict[str, dict[str, Any]] = {
         "model": {"path": folder, "name": config.model.name or name, "dtype": plan.dtype},
-        "stages": {"layers": plan.layers(), "replicas": plan.num_pipelines, "device": "cuda", "num_gpus": 1},
+        "stages": {"layers": plan.layers(), "device": "cuda", "num_gpus": 1},
         "kv_cache": {"block_size_tokens": plan.block_size_tokens, "num_blocks": plan.num_blocks},
         "scheduler": {
             "max_step_tokens": config.scheduler.max_step_tokens,
             "max_step_sequences": config.scheduler.max_step_sequences,
         },
+        "pipelines": dict(zip(("min", "max"), pipelines_of(plan, config), strict=True)),
         "server": {"host": "0.0.0.0", "grpc_port": 9000, "drain_timeout_s": 60.0},
         "security": {"stage_token_file": f"{STAGES_MOUNT}/token"},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import re
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import yaml
 from manifest_files import K8S, pod_templates, read_manifests
 from pod_security import violations
+from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 from schemas import errors_of
 
 from gateway import config as configuration
+from gateway.app import autoscaling_policy
 from gateway.cli import main
 from gateway.planner.catalogue import find_model_config
 from gateway.planner.split import resolve_layers
@@ -49,6 +52,7 @@ def serve_config_errors(data: dict[str, Any]) -> list[str]:
     levels: list[tuple[str, dict[str, Any], Any]] = [("", data, ServeDeploySchema)]
     for application in data["applications"]:
         levels.append((application["name"], application, ServeApplicationSchema))
+        levels.append(("autoscaling_policy", application["autoscaling_policy"], AutoscalingPolicy))
         for deployment in application.get("deployments", ()):
             levels.append((deployment["name"], deployment, DeploymentSchema))
             levels.append((deployment["name"], deployment.get("ray_actor_options", {}), RayActorOptionsSchema))
@@ -187,6 +191,49 @@ def test_serve_config_and_groups_agree(ray_service) -> None:
                 place[key] -= value
     assert config.server.grpc_port == 9000
     assert data["http_options"]["port"] == 8000
+
+
+def test_demand_decides_within_the_pods_there_may_be(tmp_path: Path, ray_service) -> None:
+    """The policy of the file can be made as Serve makes it, is the one `serve` declares, and finds its pods."""
+
+    def policy_of(service: dict[str, Any]) -> dict[str, Any]:
+        [application] = serve_config(service)["applications"]
+        declared: dict[str, Any] = application["autoscaling_policy"]
+        assert declared == autoscaling_policy(configuration.from_mapping(application["args"], source="args"))
+        module, _, name = declared["policy_function"].partition(":")
+        getattr(importlib.import_module(module), name)(**declared["policy_kwargs"])
+        return application["args"]["pipelines"] | declared["policy_kwargs"]
+
+    def bounds(service: dict[str, Any]) -> tuple[int, int, int]:
+        group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]
+        return group["minReplicas"], group["replicas"], group["maxReplicas"]
+
+    assert policy_of(ray_service) == {"min": 1, "max": 1, "sequences": 64}
+    assert bounds(ray_service) == (4, 4, 4)
+    more = ("--pipelines.max", "3", "--pipelines.target-sequences", "16", "--pipelines.idle-s", "900")
+    some = planned(tmp_path / "some", *more, "--spare-gpus", "1")
+    assert policy_of(find(some, "RayService")) == {"min": 1, "max": 3, "idle_s": 900.0, "target_sequences": 16,
+                                                   "sequences": 16}  # fmt: skip
+    assert bounds(find(some, "RayService")) == (5, 5, 13)
+    none = planned(tmp_path / "none", *more, "--pipelines.min", "0")  # batch only: no GPU while there is nothing to do
+    assert bounds(find(none, "RayService")) == (0, 4, 12)
+    assert find(none, "PodDisruptionBudget")["spec"]["minAvailable"] == 0
+    assert all(errors_of(item) == [] for item in (*some, *none))
+    assert serve_config_errors(serve_config(find(none, "RayService"))) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--pipelines.min", "2"), "needs pipelines.max"),
+        (("--gpu", "a100-80g:8", "--stages", "4", "--pipelines.max", "1"), "make 2 pipelines"),
+    ],
+)
+def test_pipelines_that_cannot_be_write_nothing(capsys, args: tuple[str, ...], says: str) -> None:
+    assert main([*DEFAULT, *args]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.out == ""
 
 
 def test_kuberays_own_rules(manifests, ray_service) -> None:
