@@ -127,8 +127,10 @@ def write(files: Mapping[str, str], folder: Path) -> None:
 
 
 def as_stream(files: Mapping[str, str]) -> str:
-    """All manifests as one YAML stream for `kubectl apply -f -`, each with the name of its file."""
-    return "".join(f"---\n# Source: k8s/{name}\n{text}" for name, text in files.items())
+    """All manifests as one YAML stream for `kubectl apply -f -`, each with the name of its file. Without `optional/`, whose
+    kinds a cluster may not have."""
+    wanted = {name: text for name, text in files.items() if not name.startswith("optional/")}
+    return "".join(f"---\n# Source: k8s/{name}\n{text}" for name, text in wanted.items())
 
 
 def template_names() -> tuple[str, ...]:
@@ -190,6 +192,7 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
         "model_folder": f"{MODELS_MOUNT}/{name}",
         "revision": deployment.config.model.revision or "main",
         "args": yaml.safe_dump(args, sort_keys=False, default_flow_style=False, width=1000).rstrip(),
+        "dashboard": _source("optional/grafana-dashboard.json").rstrip(),
         "policy": POLICY,
         "target_sequences": deployment.config.pipelines.target_sequences,
         "fewest": fewest,

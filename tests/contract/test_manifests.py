@@ -20,6 +20,7 @@ from schemas import errors_of
 from gateway import config as configuration
 from gateway.app import autoscaling_policy
 from gateway.cli import main
+from gateway.metrics import Metrics
 from gateway.planner.catalogue import find_model_config
 from gateway.planner.split import resolve_layers
 
@@ -27,6 +28,7 @@ DEFAULT = ("plan", "--model", "qwen2-72b", "--gpu", "a100-80g:4", "--output", "k
 # What a user makes before the first apply, as k8s/README.md says: (Secret, key).
 SECRETS = {("stageline-redis", "password"), ("stageline-ray-auth", "auth_token"), ("stageline-hub", "token"),
            ("stageline-stages", "token")}  # fmt: skip
+CLUSTER_SCOPED = {"Namespace", "ResourceFlavor", "ClusterQueue"}
 OWNED_BY_KUBERAY = re.compile(r"app\.kubernetes\.io/(name|created-by)|ray\.io/.*")
 
 
@@ -72,7 +74,10 @@ def test_the_committed_manifests_are_the_planners(tmp_path: Path, capsys) -> Non
     ]
     assert main(list(DEFAULT)) == 0
     assert read_manifests(capsys.readouterr().out) == [
-        item for name in sorted(committed, key=lambda n: ("/" in n, n)) for item in read_manifests(committed[name])
+        item
+        for name in sorted(committed, key=lambda n: ("/" in n, n))
+        if not name.startswith("optional/")  # kinds that a cluster may not have
+        for item in read_manifests(committed[name])
     ]
 
 
@@ -89,7 +94,7 @@ def test_the_namespace_comes_first_and_kubectl_takes_the_whole_folder() -> None:
 def test_every_object_passes_strict_validation(tmp_path: Path, args: tuple[str, ...]) -> None:
     for item in planned(tmp_path, *args):
         assert errors_of(item) == [], item["metadata"]["name"]
-        assert item["kind"] == "Namespace" or item["metadata"]["namespace"] == ("llm" if args else "stageline")
+        assert item["kind"] in CLUSTER_SCOPED or item["metadata"]["namespace"] == ("llm" if args else "stageline")
         assert item["metadata"]["labels"]["app.kubernetes.io/part-of"] == "stageline"
 
 
@@ -104,6 +109,9 @@ def test_every_object_passes_strict_validation(tmp_path: Path, args: tuple[str, 
         ("Service", ("spec", "ports", 0, "appProtocl"), "x"),
         ("PodDisruptionBudget", ("spec", "minAvailable"), {"a": 1}),
         ("Job", ("spec", "template", "spec", "restartPolcy"), "Never"),
+        ("PodMonitor", ("spec", "podMetricsEndpoints", 0, "prot"), "metrics"),
+        ("ClusterQueue", ("spec", "resourceGroups", 0, "flavors", 0, "resources", 0, "quota"), 1),
+        ("Certificate", ("spec", "privateKey", "size"), "256"),
     ],
 )
 def test_validation_catches_mistakes(manifests, kind: str, path: tuple[Any, ...], value: Any) -> None:
@@ -331,6 +339,38 @@ def test_services_policies_and_budgets_select_pods_that_exist(manifests) -> None
                 for peer in [*rule.get("from", ()), *rule.get("to", ())]:
                     if "podSelector" in peer and "namespaceSelector" not in peer:
                         assert matching(peer["podSelector"]["matchLabels"]), item["metadata"]["name"]
+
+
+def test_the_dashboard_shows_metrics_that_exist(manifests) -> None:
+    dashboard = json.loads(find(manifests, "ConfigMap", "stageline-dashboard")["data"]["stageline.json"])
+    names = set(re.findall(r"stageline:\w+", json.dumps(dashboard)))
+    metrics = Metrics("m", lambda: ())
+    for name in re.findall(r'metrics\.gauge\("(\w+)"', (K8S.parent / "gateway/engine/engine.py").read_text()):
+        metrics.gauge(name, "", lambda: 0.0)
+    suffixes = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+    real = {family.name + end for family in metrics.registry.collect() for end in suffixes[family.type]}
+    assert names <= real
+    assert len(names) >= 15
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_optional_objects_find_what_they_name(manifests) -> None:
+    issuers = {item["metadata"]["name"] for item in manifests if item["kind"] == "Issuer"}
+    certificates = [item["spec"] for item in manifests if item["kind"] == "Certificate"]
+    assert {one["issuerRef"]["name"] for one in certificates} == issuers
+    made = {one["secretName"] for one in certificates}
+    assert {i["spec"]["ca"]["secretName"] for i in manifests if i["kind"] == "Issuer" and "ca" in i["spec"]} <= made
+    mounted = {volume["secret"]["secretName"] for _, template in pod_templates([find(manifests, "RayService")])
+               for volume in template["spec"]["volumes"] if "secret" in volume}  # fmt: skip
+    assert mounted <= made
+    queue = find(manifests, "ClusterQueue")
+    assert find(manifests, "LocalQueue")["spec"]["clusterQueue"] == queue["metadata"]["name"]
+    flavor = find(manifests, "ResourceFlavor")["metadata"]["name"]
+    assert queue["spec"]["resourceGroups"][0]["flavors"][0]["name"] == flavor
+    ports = {port["name"] for _, template in pod_templates([find(manifests, "RayService")])
+             for port in template["spec"]["containers"][0]["ports"]}  # fmt: skip
+    for monitor in (item for item in manifests if item["kind"] == "PodMonitor"):
+        assert {one["port"] for one in monitor["spec"]["podMetricsEndpoints"]} <= ports
 
 
 def test_everything_is_denied_that_no_policy_allows(manifests) -> None:
