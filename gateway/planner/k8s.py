@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
@@ -32,6 +32,9 @@ POLICY = "gateway.autoscale.policy:LockstepPolicy"  # as gateway.app.autoscaling
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+# KubeRay: a group's name, gpu-NAME, has 40 characters at most.
+_GPU_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,34}[a-z0-9])?")
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _IMAGE = re.compile(r"[a-z0-9][a-z0-9._-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*")
 
 
@@ -61,6 +64,7 @@ def manifests(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment
             "PLAN_DOES_NOT_FIT", "the plan does not fit its GPUs: there is nothing to deploy; see --output table"
         )
     _check(plan, deployment)
+    _check_gpus({gpus[stage.gpu] for stage in plan.stages})
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         undefined=jinja2.StrictUndefined,
@@ -111,6 +115,22 @@ def _check(plan: ClusterPlan, deployment: Deployment) -> None:
     ):
         if not pattern.fullmatch(value):
             raise ConfigError("NAME_INVALID", f"{flag} {value!r}: expected {expected}", field=flag, value=value)
+
+
+def _check_gpus(gpus: Iterable[Gpu]) -> None:
+    """Names of a user's own profile become names of groups and values of labels."""
+    for gpu in gpus:
+        if not _GPU_NAME.fullmatch(gpu.name):
+            raise ConfigError(
+                "NAME_INVALID", f"GPU {gpu.name!r}: expected at most 36 lower-case letters, digits and dashes",
+                field="profile", value=gpu.name,
+            )  # fmt: skip
+        for product in gpu.products:
+            if not _LABEL_VALUE.fullmatch(product):
+                raise ConfigError(
+                    "NAME_INVALID", f"GPU {gpu.name}: product {product!r} cannot be the value of a node's label",
+                    field="profile", value=product,
+                )  # fmt: skip
 
 
 def write(files: Mapping[str, str], folder: Path) -> None:

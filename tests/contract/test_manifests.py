@@ -414,6 +414,20 @@ def test_wrong_names_write_nothing(capsys, args: tuple[str, ...], says: str) -> 
     assert says in captured.err
 
 
+@pytest.mark.parametrize(
+    ("name", "product"), [("My_GPU", "P"), ("g" * 37, "P"), ("mine", "two words"), ("mine", "p" * 64)]
+)
+def test_a_profile_with_names_that_kubernetes_refuses_writes_nothing(tmp_path: Path, capsys, name, product) -> None:
+    values = {"memory_mib": 81920, "memory_gb_per_s": 2000, "bf16_tflops": 300, "products": [product]}
+    (tmp_path / "gpus.yaml").write_text(yaml.safe_dump({"gpus": {name: values}}))
+    args = [*DEFAULT, "--profile", str(tmp_path / "gpus.yaml")]
+    args[args.index("a100-80g:4")] = f"{name}:4"
+    assert main(args) == 2
+    captured = capsys.readouterr()
+    assert name in captured.err
+    assert captured.out == ""
+
+
 def test_every_field_reaches_the_application_or_is_refused(tmp_path: Path, capsys) -> None:
     """Nothing that a user sets is dropped in silence, whichever field it is."""
     values = {"device": "cuda", "dtype": "float32", "layers": "0-20,20-40,40-60,60-80", "count": "4", "path": "qwen2-72b",
