@@ -210,6 +210,8 @@ class Gateway:
         await self._engine.start()
         _frontend = Frontend(self._engine, tokenizer, template, model, doorkeeper)
         _batches = self._batches = await open_batches(_frontend, parsed.batch)
+        if self._batches is not None:
+            self._engine.batch_backlog_tokens = self._batches.backlog_tokens
         self._grpc = await serve_grpc(
             _frontend,
             parsed.server.host,

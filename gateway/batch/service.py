@@ -48,6 +48,10 @@ class BatchService:
         await self._database.write(files.drop_incomplete)
         self._worker.start()
 
+    def backlog_tokens(self) -> int:
+        """About how many tokens wait in batches: more pipelines are started for them."""
+        return self._worker.backlog_tokens
+
     async def stop(self) -> None:
         """End at once; nothing that was told is lost."""
         await self._worker.stop()

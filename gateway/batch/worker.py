@@ -33,6 +33,7 @@ logger = logging.getLogger("stageline.gateway.batch")
 RETRIED = (UnavailableError, ResourceExhaustedError)
 KEPT = (*RETRIED, InternalError)  # what storing a record may meet: a full disk has several names
 BACKOFF = Backoff(initial_s=0.2, max_s=30.0)
+ASSUMED_LINE_TOKENS = 512  # prompt and answer, before a line has ended
 BUG_DELAY_S = 10.0  # before a line runs again whose running failed in a way that nobody foresaw
 
 Run = Callable[[LineRequest, str, str], Awaitable[dict[str, Any]]]  # (request, tenant, request_id) → the answer's body
@@ -58,10 +59,18 @@ class Worker:
         self._feeds: dict[str, _Feed] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._waiting_lines = self._answered_lines = self._answered_tokens = 0
 
     def start(self) -> None:
         """Begin, with what an earlier server left."""
         self._task = asyncio.create_task(self._work())
+
+    @property
+    def backlog_tokens(self) -> int:
+        """Of lines that do not run yet, each taken to be as long as those before it were."""
+        running = sum(len(feed.tasks) for feed in self._feeds.values())
+        each = self._answered_tokens // self._answered_lines if self._answered_lines else ASSUMED_LINE_TOKENS
+        return max(0, self._waiting_lines - running) * each
 
     def notify(self) -> None:
         """A batch was created or is to be cancelled."""
@@ -100,6 +109,7 @@ class Worker:
                 await self._expire(batch)
             else:
                 going.append(batch)
+        self._waiting_lines = sum(batch.total - batch.completed - batch.failed for batch in going)
         for gone in self._feeds.keys() - {batch.id for batch in going}:
             await self._stop_running(gone)
         for batch in going:
@@ -146,6 +156,8 @@ class Worker:
             try:
                 body = await self._retried(lambda: self._run(read, feed.tenant, f"{batch_id}-{number}"))
                 record, ok = line_record(batch_id, number, read.custom_id, body=body), True
+                self._answered_lines += 1
+                self._answered_tokens += int((body.get("usage") or {}).get("total_tokens", ASSUMED_LINE_TOKENS))
             except Exception as error:
                 typed = as_typed(error, where=f"line {number} of {batch_id}")
                 record = line_record(batch_id, number, read.custom_id, error=typed, ran=True)

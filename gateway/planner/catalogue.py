@@ -20,10 +20,22 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Seconds of one model on a device, instead of rooflines: (tokens of a step, seconds of a layer without attention), (rows,
+    seconds of `lm_head` with what follows it), both ascending; attention of one layer for each position read or attended."""
+
+    layer_s: tuple[tuple[int, float], ...]
+    head_s: tuple[tuple[int, float], ...]
+    kv_token_s: float = 0.0
+    attended_token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """One kind of device. Rates are peaks: bytes and bfloat16 floating point operations a second.
 
     `step_overhead_s` is time a stage spends on a micro-batch besides reading and computing (0 for a roofline).
+    `measured`, where set, goes before the rates; it holds for the model that it was measured with.
     """
 
     name: str
@@ -33,6 +45,7 @@ class Gpu:
     products: tuple[str, ...] = ()
     source: str = ""
     step_overhead_s: float = 0.0
+    measured: Measured | None = None
 
 
 def known_models() -> tuple[str, ...]:
@@ -151,7 +164,7 @@ def inventory_text(devices: Sequence[Gpu]) -> str:
 
 def _gpu(name: str, values: Mapping[str, Any]) -> Gpu:
     unknown = values.keys() - {
-        "products", "memory_mib", "memory_gb_per_s", "bf16_tflops", "source", "step_overhead_s",
+        "products", "memory_mib", "memory_gb_per_s", "bf16_tflops", "source", "step_overhead_s", "measured",
     }  # fmt: skip
     if unknown:
         raise ValueError(f"{name}: unknown keys {', '.join(sorted(unknown))}")
@@ -163,10 +176,24 @@ def _gpu(name: str, values: Mapping[str, Any]) -> Gpu:
         products=tuple(values.get("products", ())),
         source=str(values.get("source", "")),
         step_overhead_s=float(values.get("step_overhead_s", 0.0)),
+        measured=_measured(values["measured"]) if "measured" in values else None,
     )
     if min(gpu.memory_bytes, gpu.memory_bytes_per_s, gpu.flops_per_s) <= 0 or gpu.step_overhead_s < 0:
         raise ValueError(f"{name}: memory and rates must be over 0")
     return gpu
+
+
+def _measured(values: Mapping[str, Any]) -> Measured:
+    def table(name: str) -> tuple[tuple[int, float], ...]:
+        points = tuple(sorted((int(size), float(seconds)) for size, seconds in values[name].items()))
+        if not points or min(min(point) for point in points) <= 0:
+            raise ValueError(f"measured.{name}: sizes and seconds must be over 0")
+        return points
+
+    rest = {name: float(values.get(name, 0.0)) for name in ("kv_token_s", "attended_token_s")}
+    if values.keys() - {"layer_s", "head_s", *rest} or min(rest.values()) < 0:
+        raise ValueError("measured has layer_s, head_s, kv_token_s and attended_token_s, none below 0")
+    return Measured(layer_s=table("layer_s"), head_s=table("head_s"), **rest)
 
 
 @functools.cache

@@ -8,7 +8,9 @@ predictions. Symbols: D hidden size, F feed-forward size, V vocabulary, T tokens
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.planner.catalogue import Gpu
@@ -82,7 +84,10 @@ def layer_weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
 
 
 def layer_seconds(config: ModelConfig, gpu: Gpu, step: Step, dtype_bytes: int) -> float:
-    """Roofline of one decoder layer: its products, then attention over the cache."""
+    """One decoder layer: its products, then attention over the cache; as measured, else a roofline."""
+    if (known := gpu.measured) is not None:
+        attention = max(known.kv_token_s * step.kv_tokens, known.attended_token_s * step.attended_tokens)
+        return interpolate(known.layer_s, step.tokens) + attention
     weights = layer_weight_bytes(config, dtype_bytes)
     products = max(weights / gpu.memory_bytes_per_s, 2 * (weights / dtype_bytes) * step.tokens / gpu.flops_per_s)
     kv_bytes = step.kv_tokens * kv_bytes_per_token(config, LayerRange(0, 1), dtype_bytes)
@@ -92,12 +97,29 @@ def layer_seconds(config: ModelConfig, gpu: Gpu, step: Step, dtype_bytes: int) -
 
 
 def head_seconds(config: ModelConfig, gpu: Gpu, step: Step, dtype_bytes: int) -> float:
-    """Roofline of `lm_head`, and of writing and reading its float32 logits once for the choice."""
+    """`lm_head`, and writing and reading its float32 logits once for the choice; as measured, else a roofline."""
+    if gpu.measured is not None:
+        return interpolate(gpu.measured.head_s, step.output_rows)
     parameters = config.vocab_size * config.hidden_size
     products = max(
         parameters * dtype_bytes / gpu.memory_bytes_per_s, 2 * parameters * step.output_rows / gpu.flops_per_s
     )
     return products + 2 * 4 * step.output_rows * config.vocab_size / gpu.memory_bytes_per_s
+
+
+def interpolate(points: Sequence[tuple[int, float]], size: int) -> float:
+    """Between measured points a line; below the first as long as that, for nothing nothing; beyond the last in proportion."""
+    if size <= 0:
+        return 0.0
+    (smallest, first_s), (largest, last_s) = points[0], points[-1]
+    if size <= smallest:
+        return first_s
+    if size >= largest:
+        return last_s * size / largest
+    for (low, low_s), (high, high_s) in itertools.pairwise(points):
+        if size <= high:
+            return low_s + (high_s - low_s) * (size - low) / (high - low)
+    raise AssertionError("points are ascending")
 
 
 def stage_seconds(config: ModelConfig, layers: LayerRange, gpu: Gpu, step: Step, dtype_bytes: int) -> float:

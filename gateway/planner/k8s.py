@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
@@ -28,9 +28,13 @@ _DECIDED = {"model.path", "model.name", "model.dtype", "model.revision", "stages
 _NOT_HERE = {"stages.replicas", "stages.device", "stages.num_cpus", "stages.num_gpus", "stages.host",
              "kv_cache.num_blocks", "kv_cache.memory_bytes", "server.host", "server.grpc_port", "server.http_port",
              "server.ready_timeout_s"}  # fmt: skip
+POLICY = "gateway.autoscale.policy:LockstepPolicy"  # as gateway.app.autoscaling_policy declares it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+# KubeRay: a group's name, gpu-NAME, has 40 characters at most.
+_GPU_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,34}[a-z0-9])?")
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _IMAGE = re.compile(r"[a-z0-9][a-z0-9._-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*")
 
 
@@ -60,6 +64,7 @@ def manifests(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment
             "PLAN_DOES_NOT_FIT", "the plan does not fit its GPUs: there is nothing to deploy; see --output table"
         )
     _check(plan, deployment)
+    _check_gpus({gpus[stage.gpu] for stage in plan.stages})
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         undefined=jinja2.StrictUndefined,
@@ -112,6 +117,22 @@ def _check(plan: ClusterPlan, deployment: Deployment) -> None:
             raise ConfigError("NAME_INVALID", f"{flag} {value!r}: expected {expected}", field=flag, value=value)
 
 
+def _check_gpus(gpus: Iterable[Gpu]) -> None:
+    """Names of a user's own profile become names of groups and values of labels."""
+    for gpu in gpus:
+        if not _GPU_NAME.fullmatch(gpu.name):
+            raise ConfigError(
+                "NAME_INVALID", f"GPU {gpu.name!r}: expected at most 36 lower-case letters, digits and dashes",
+                field="profile", value=gpu.name,
+            )  # fmt: skip
+        for product in gpu.products:
+            if not _LABEL_VALUE.fullmatch(product):
+                raise ConfigError(
+                    "NAME_INVALID", f"GPU {gpu.name}: product {product!r} cannot be the value of a node's label",
+                    field="profile", value=product,
+                )  # fmt: skip
+
+
 def write(files: Mapping[str, str], folder: Path) -> None:
     """Write every manifest below `folder`, which is made where it does not exist. Raises ConfigError where it cannot."""
     try:
@@ -126,8 +147,10 @@ def write(files: Mapping[str, str], folder: Path) -> None:
 
 
 def as_stream(files: Mapping[str, str]) -> str:
-    """All manifests as one YAML stream for `kubectl apply -f -`, each with the name of its file."""
-    return "".join(f"---\n# Source: k8s/{name}\n{text}" for name, text in files.items())
+    """All manifests as one YAML stream for `kubectl apply -f -`, each with the name of its file. Without `optional/`, whose
+    kinds a cluster may not have."""
+    wanted = {name: text for name, text in files.items() if not name.startswith("optional/")}
+    return "".join(f"---\n# Source: k8s/{name}\n{text}" for name, text in wanted.items())
 
 
 def template_names() -> tuple[str, ...]:
@@ -154,20 +177,23 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
     hub = hub_id(plan.model) if plan.model in known_models() else plan.model
     name = hub.rpartition("/")[2]
     weights = sum(stage.weight_bytes for stage in plan.stages)
+    fewest, most = pipelines_of(plan, deployment.config)
     counts: dict[str, int] = {}
     for stage in plan.stages:
-        counts[stage.gpu] = counts.get(stage.gpu, 0) + plan.num_pipelines
+        counts[stage.gpu] = counts.get(stage.gpu, 0) + 1
     groups = [
         {
             "name": f"gpu-{gpu}",
             "gpu": gpu,
-            "replicas": count + deployment.spare_gpus,
+            "replicas": count * max(1, fewest) + deployment.spare_gpus,
+            "min_replicas": count * fewest + deployment.spare_gpus,
+            "max_replicas": count * most + deployment.spare_gpus,
             "spare": deployment.spare_gpus,
             "products": _products(gpus[gpu]),
         }
         for gpu, count in counts.items()
     ]
-    inventory = " and ".join(f"{count} x {gpu}" for gpu, count in counts.items())
+    inventory = " and ".join(f"{count * plan.num_pipelines} x {gpu}" for gpu, count in counts.items())
     args = _arguments(plan, deployment.config, f"{MODELS_MOUNT}/{name}", name)
     image = f"{deployment.image}:{deployment.version}"
     return {
@@ -186,11 +212,16 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
         "model_folder": f"{MODELS_MOUNT}/{name}",
         "revision": deployment.config.model.revision or "main",
         "args": yaml.safe_dump(args, sort_keys=False, default_flow_style=False, width=1000).rstrip(),
+        "dashboard": _source("optional/grafana-dashboard.json").rstrip(),
+        "policy": POLICY,
+        "target_sequences": deployment.config.pipelines.target_sequences,
+        "fewest": fewest,
+        "most": most,
         "gateway_grace_s": math.ceil(args["server"]["drain_timeout_s"]) + 60,
         "kv_tokens": f"{plan.kv_capacity_tokens:,}",
         "stages": plan.stages,
         "gpu_groups": groups,
-        "min_available": max(0, len(plan.stages) * plan.num_pipelines - 1),
+        "min_available": max(0, len(plan.stages) * fewest - 1),
         "cpu_image": f"{image}-cpu",
         "cuda_image": f"{image}-cuda",
         "ray_version": metadata.version("ray"),
@@ -199,16 +230,37 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
     }
 
 
+def pipelines_of(plan: ClusterPlan, config: Config) -> tuple[int, int]:
+    """Fewest and most pipelines: what the GPUs of the plan make, unless `pipelines.max` lets demand decide.
+
+    Raises ConfigError for a `pipelines.min` without `pipelines.max`, and a maximum below what the GPUs make.
+    """
+    asked = config.pipelines
+    if asked.max is None:
+        if "min" in asked.model_dump(exclude_defaults=True):
+            raise ConfigError("PIPELINES_MAX_MISSING", "pipelines.min needs pipelines.max", field="pipelines.max")
+        return plan.num_pipelines, plan.num_pipelines
+    if asked.max < plan.num_pipelines:
+        raise ConfigError(
+            "GPUS_UNUSED",
+            f"the GPUs make {plan.num_pipelines} pipelines and pipelines.max is {asked.max}: raise it, or name fewer GPUs",
+            field="pipelines.max",
+            value=asked.max,
+        )
+    return asked.min, asked.max
+
+
 def _arguments(plan: ClusterPlan, config: Config, folder: str, name: str) -> dict[str, dict[str, Any]]:
     """The application's arguments: what the plan decides, then every other field that is not at its default."""
     planned: dict[str, dict[str, Any]] = {
         "model": {"path": folder, "name": config.model.name or name, "dtype": plan.dtype},
-        "stages": {"layers": plan.layers(), "replicas": plan.num_pipelines, "device": "cuda", "num_gpus": 1},
+        "stages": {"layers": plan.layers(), "device": "cuda", "num_gpus": 1},
         "kv_cache": {"block_size_tokens": plan.block_size_tokens, "num_blocks": plan.num_blocks},
         "scheduler": {
             "max_step_tokens": config.scheduler.max_step_tokens,
             "max_step_sequences": config.scheduler.max_step_sequences,
         },
+        "pipelines": dict(zip(("min", "max"), pipelines_of(plan, config), strict=True)),
         "server": {"host": "0.0.0.0", "grpc_port": 9000, "drain_timeout_s": 60.0},
         "security": {"stage_token_file": f"{STAGES_MOUNT}/token"},
     }

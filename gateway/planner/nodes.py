@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,8 +77,11 @@ def read_nodes(context: str | None = None) -> list[Any]:
     load: Any = config.load_config  # untyped
     # The client reads KUBECONFIG only once, when it is imported.
     kubeconfig = {"config_file": os.environ["KUBECONFIG"]} if os.environ.get("KUBECONFIG") else {}
+    # Without any kubeconfig the client passes what it got to a loader that takes nothing.
+    wanted = kubeconfig if context is None else {**kubeconfig, "context": context}
     try:
-        load(context=context, **kubeconfig)
+        with contextlib.redirect_stdout(None):  # it prints where it looks
+            load(**wanted)
     except (config.ConfigException, OSError) as error:
         raise ConfigError(
             "KUBECONFIG_UNUSABLE", f"--cluster: {error}; set KUBECONFIG or run where kubectl works", field="cluster"

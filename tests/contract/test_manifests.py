@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import re
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 import yaml
 from manifest_files import K8S, pod_templates, read_manifests
 from pod_security import violations
+from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 from schemas import errors_of
 
 from gateway import config as configuration
+from gateway.app import autoscaling_policy
 from gateway.cli import main
+from gateway.metrics import Metrics
 from gateway.planner.catalogue import find_model_config
 from gateway.planner.split import resolve_layers
 
@@ -24,6 +28,7 @@ DEFAULT = ("plan", "--model", "qwen2-72b", "--gpu", "a100-80g:4", "--output", "k
 # What a user makes before the first apply, as k8s/README.md says: (Secret, key).
 SECRETS = {("stageline-redis", "password"), ("stageline-ray-auth", "auth_token"), ("stageline-hub", "token"),
            ("stageline-stages", "token")}  # fmt: skip
+CLUSTER_SCOPED = {"Namespace", "ResourceFlavor", "ClusterQueue"}
 OWNED_BY_KUBERAY = re.compile(r"app\.kubernetes\.io/(name|created-by)|ray\.io/.*")
 
 
@@ -49,6 +54,7 @@ def serve_config_errors(data: dict[str, Any]) -> list[str]:
     levels: list[tuple[str, dict[str, Any], Any]] = [("", data, ServeDeploySchema)]
     for application in data["applications"]:
         levels.append((application["name"], application, ServeApplicationSchema))
+        levels.append(("autoscaling_policy", application["autoscaling_policy"], AutoscalingPolicy))
         for deployment in application.get("deployments", ()):
             levels.append((deployment["name"], deployment, DeploymentSchema))
             levels.append((deployment["name"], deployment.get("ray_actor_options", {}), RayActorOptionsSchema))
@@ -68,7 +74,10 @@ def test_the_committed_manifests_are_the_planners(tmp_path: Path, capsys) -> Non
     ]
     assert main(list(DEFAULT)) == 0
     assert read_manifests(capsys.readouterr().out) == [
-        item for name in sorted(committed, key=lambda n: ("/" in n, n)) for item in read_manifests(committed[name])
+        item
+        for name in sorted(committed, key=lambda n: ("/" in n, n))
+        if not name.startswith("optional/")  # kinds that a cluster may not have
+        for item in read_manifests(committed[name])
     ]
 
 
@@ -85,7 +94,7 @@ def test_the_namespace_comes_first_and_kubectl_takes_the_whole_folder() -> None:
 def test_every_object_passes_strict_validation(tmp_path: Path, args: tuple[str, ...]) -> None:
     for item in planned(tmp_path, *args):
         assert errors_of(item) == [], item["metadata"]["name"]
-        assert item["kind"] == "Namespace" or item["metadata"]["namespace"] == ("llm" if args else "stageline")
+        assert item["kind"] in CLUSTER_SCOPED or item["metadata"]["namespace"] == ("llm" if args else "stageline")
         assert item["metadata"]["labels"]["app.kubernetes.io/part-of"] == "stageline"
 
 
@@ -100,6 +109,9 @@ def test_every_object_passes_strict_validation(tmp_path: Path, args: tuple[str, 
         ("Service", ("spec", "ports", 0, "appProtocl"), "x"),
         ("PodDisruptionBudget", ("spec", "minAvailable"), {"a": 1}),
         ("Job", ("spec", "template", "spec", "restartPolcy"), "Never"),
+        ("PodMonitor", ("spec", "podMetricsEndpoints", 0, "prot"), "metrics"),
+        ("ClusterQueue", ("spec", "resourceGroups", 0, "flavors", 0, "resources", 0, "quota"), 1),
+        ("Certificate", ("spec", "privateKey", "size"), "256"),
     ],
 )
 def test_validation_catches_mistakes(manifests, kind: str, path: tuple[Any, ...], value: Any) -> None:
@@ -187,6 +199,49 @@ def test_serve_config_and_groups_agree(ray_service) -> None:
                 place[key] -= value
     assert config.server.grpc_port == 9000
     assert data["http_options"]["port"] == 8000
+
+
+def test_demand_decides_within_the_pods_there_may_be(tmp_path: Path, ray_service) -> None:
+    """The policy of the file can be made as Serve makes it, is the one `serve` declares, and finds its pods."""
+
+    def policy_of(service: dict[str, Any]) -> dict[str, Any]:
+        [application] = serve_config(service)["applications"]
+        declared: dict[str, Any] = application["autoscaling_policy"]
+        assert declared == autoscaling_policy(configuration.from_mapping(application["args"], source="args"))
+        module, _, name = declared["policy_function"].partition(":")
+        getattr(importlib.import_module(module), name)(**declared["policy_kwargs"])
+        return application["args"]["pipelines"] | declared["policy_kwargs"]
+
+    def bounds(service: dict[str, Any]) -> tuple[int, int, int]:
+        group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]
+        return group["minReplicas"], group["replicas"], group["maxReplicas"]
+
+    assert policy_of(ray_service) == {"min": 1, "max": 1, "sequences": 64}
+    assert bounds(ray_service) == (4, 4, 4)
+    more = ("--pipelines.max", "3", "--pipelines.target-sequences", "16", "--pipelines.idle-s", "900")
+    some = planned(tmp_path / "some", *more, "--spare-gpus", "1")
+    assert policy_of(find(some, "RayService")) == {"min": 1, "max": 3, "idle_s": 900.0, "target_sequences": 16,
+                                                   "sequences": 16}  # fmt: skip
+    assert bounds(find(some, "RayService")) == (5, 5, 13)
+    none = planned(tmp_path / "none", *more, "--pipelines.min", "0")  # batch only: no GPU while there is nothing to do
+    assert bounds(find(none, "RayService")) == (0, 4, 12)
+    assert find(none, "PodDisruptionBudget")["spec"]["minAvailable"] == 0
+    assert all(errors_of(item) == [] for item in (*some, *none))
+    assert serve_config_errors(serve_config(find(none, "RayService"))) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--pipelines.min", "2"), "needs pipelines.max"),
+        (("--gpu", "a100-80g:8", "--stages", "4", "--pipelines.max", "1"), "make 2 pipelines"),
+    ],
+)
+def test_pipelines_that_cannot_be_write_nothing(capsys, args: tuple[str, ...], says: str) -> None:
+    assert main([*DEFAULT, *args]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.out == ""
 
 
 def test_kuberays_own_rules(manifests, ray_service) -> None:
@@ -286,6 +341,38 @@ def test_services_policies_and_budgets_select_pods_that_exist(manifests) -> None
                         assert matching(peer["podSelector"]["matchLabels"]), item["metadata"]["name"]
 
 
+def test_the_dashboard_shows_metrics_that_exist(manifests) -> None:
+    dashboard = json.loads(find(manifests, "ConfigMap", "stageline-dashboard")["data"]["stageline.json"])
+    names = set(re.findall(r"stageline:\w+", json.dumps(dashboard)))
+    metrics = Metrics("m", lambda: ())
+    for name in re.findall(r'metrics\.gauge\("(\w+)"', (K8S.parent / "gateway/engine/engine.py").read_text()):
+        metrics.gauge(name, "", lambda: 0.0)
+    suffixes = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+    real = {family.name + end for family in metrics.registry.collect() for end in suffixes[family.type]}
+    assert names <= real
+    assert len(names) >= 15
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_optional_objects_find_what_they_name(manifests) -> None:
+    issuers = {item["metadata"]["name"] for item in manifests if item["kind"] == "Issuer"}
+    certificates = [item["spec"] for item in manifests if item["kind"] == "Certificate"]
+    assert {one["issuerRef"]["name"] for one in certificates} == issuers
+    made = {one["secretName"] for one in certificates}
+    assert {i["spec"]["ca"]["secretName"] for i in manifests if i["kind"] == "Issuer" and "ca" in i["spec"]} <= made
+    mounted = {volume["secret"]["secretName"] for _, template in pod_templates([find(manifests, "RayService")])
+               for volume in template["spec"]["volumes"] if "secret" in volume}  # fmt: skip
+    assert mounted <= made
+    queue = find(manifests, "ClusterQueue")
+    assert find(manifests, "LocalQueue")["spec"]["clusterQueue"] == queue["metadata"]["name"]
+    flavor = find(manifests, "ResourceFlavor")["metadata"]["name"]
+    assert queue["spec"]["resourceGroups"][0]["flavors"][0]["name"] == flavor
+    ports = {port["name"] for _, template in pod_templates([find(manifests, "RayService")])
+             for port in template["spec"]["containers"][0]["ports"]}  # fmt: skip
+    for monitor in (item for item in manifests if item["kind"] == "PodMonitor"):
+        assert {one["port"] for one in monitor["spec"]["podMetricsEndpoints"]} <= ports
+
+
 def test_everything_is_denied_that_no_policy_allows(manifests) -> None:
     policies = [item["spec"] for item in manifests if item["kind"] == "NetworkPolicy"]
     assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in policies
@@ -325,6 +412,20 @@ def test_wrong_names_write_nothing(capsys, args: tuple[str, ...], says: str) -> 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert says in captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "product"), [("My_GPU", "P"), ("g" * 37, "P"), ("mine", "two words"), ("mine", "p" * 64)]
+)
+def test_a_profile_with_names_that_kubernetes_refuses_writes_nothing(tmp_path: Path, capsys, name, product) -> None:
+    values = {"memory_mib": 81920, "memory_gb_per_s": 2000, "bf16_tflops": 300, "products": [product]}
+    (tmp_path / "gpus.yaml").write_text(yaml.safe_dump({"gpus": {name: values}}))
+    args = [*DEFAULT, "--profile", str(tmp_path / "gpus.yaml")]
+    args[args.index("a100-80g:4")] = f"{name}:4"
+    assert main(args) == 2
+    captured = capsys.readouterr()
+    assert name in captured.err
+    assert captured.out == ""
 
 
 def test_every_field_reaches_the_application_or_is_refused(tmp_path: Path, capsys) -> None:

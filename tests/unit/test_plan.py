@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from gateway.cli import main
 from gateway.planner.advice import advise
 from gateway.planner.catalogue import find_model_config, gpus, hub_id, known_models, parse_inventory, read_profile
 from gateway.planner.cluster_plan import make_cluster_plan
-from gateway.planner.cost import Link, Workload
+from gateway.planner.cost import Link, Step, Workload, layer_seconds, stage_seconds
 from gateway.planner.split import StageCost, cut
 from gateway.planner.types import Request
 from stageline.errors import ConfigError
@@ -325,3 +326,27 @@ def test_the_table_of_the_operating_guide_is_the_planners() -> None:
             round(plan.performance.tokens_per_s),
         )
         assert shown == tuple(int(text.replace(",", "")) for text in (latency_ms, kv_tokens, tokens_per_s)), inventory
+
+
+def test_a_measured_profile_goes_before_the_rates(tmp_path: Path) -> None:
+    """Tables are read as lines between their points, in proportion beyond them, and attention comes on top."""
+    known = {
+        "layer_s": {1: 0.001, 17: 0.002, 100: 0.01},
+        "head_s": {1: 0.004},
+        "kv_token_s": 1e-6,
+        "attended_token_s": 1e-7,
+    }
+    values = {"memory_mib": 98304, "memory_gb_per_s": 1, "bf16_tflops": 1, "step_overhead_s": 0.5, "measured": known}
+    file = tmp_path / "gpus.yaml"
+    file.write_text(yaml.safe_dump({"gpus": {"mine": values}}))
+    mine = read_profile(str(file))["mine"]
+    config = find_model_config("qwen2-0.5b")
+    step = Step(tokens=9, output_rows=2, attended_tokens=9000, kv_tokens=1000)
+    assert layer_seconds(config, mine, step, 2) == pytest.approx(0.0015 + 0.001)
+    assert layer_seconds(config, mine, replace(step, tokens=200, kv_tokens=0), 2) == pytest.approx(0.02 + 0.0009)
+    assert stage_seconds(config, LayerRange(20, 24), mine, step, 2) == pytest.approx(0.5 + 4 * 0.0025 + 0.008)
+    assert stage_seconds(config, LayerRange(0, 4), mine, step, 2) == pytest.approx(0.5 + 4 * 0.0025)
+    for wrong in ({"layer_s": {}}, {"layer_s": {1: -1}}, {"head_ms": {1: 1}}, {"kv_token_s": -1}):
+        file.write_text(yaml.safe_dump({"gpus": {"mine": values | {"measured": known | wrong}}}))
+        with pytest.raises(ConfigError, match="--profile"):
+            read_profile(str(file))

@@ -173,3 +173,14 @@ def test_a_wrong_token_an_absent_server_and_no_kubeconfig(capsys, api: ApiServer
     code, _, err = plan(capsys, "--model", "qwen2-72b")
     assert code == 2
     assert "KUBECONFIG_UNUSABLE" in err
+
+
+def test_no_kubeconfig_is_said(monkeypatch, capsys, tmp_path: Path) -> None:
+    """On a machine that has none the client looks for a pod's service account, and there is none either."""
+    import kubernetes.config.kube_config
+
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr(kubernetes.config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
+    assert main(["plan", "--cluster", "--model", "qwen2-72b"]) == 2
+    assert "set KUBECONFIG" in capsys.readouterr().err

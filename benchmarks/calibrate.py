@@ -1,0 +1,337 @@
+"""The planner's and the simulator's predictions against this machine: throughput, time to first token, KV capacity, memory.
+
+    python -m benchmarks.calibrate --model DIR [--stages 1 2 4] [--streams 16] [--repeats 5] [--rounds 4] [--output json]
+
+First a profile: one process with one thread computes steps of many sizes with a third, two thirds and all of the layers, alone and
+beside copies of itself on the other cores (which share its memory bandwidth); hops are timed between two processes. Then
+for each number of stages `stageline serve` runs and is measured through its gRPC door, and the same load is simulated from the
+profile. Nothing is fitted to the runs that are compared. The gateway's costs are the simulator's defaults unless they are
+given. Exits 1 where a prediction is further off than `--bound` (0.15).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import here
+from benchmarks.servers import serving
+from gateway.bench.load import Generator, Shape
+from gateway.bench.measure import checked, latency
+from gateway.bench.transport import transport
+from gateway.planner.catalogue import Gpu, Measured
+from gateway.planner.cluster_plan import make_cluster_plan
+from gateway.planner.cost import CUDA_RESERVE_BYTES, Link, Workload, activation_bytes
+from gateway.planner.split import split
+from gateway.planner.types import ClusterPlan, Request
+from gateway.scheduler import SchedulerLimits
+from gateway.simulator import GatewayCost, Scenario, Traffic, simulate
+from stages.checkpoint import open_checkpoint
+from stages.config import ModelConfig
+from stages.partition import LayerRange, num_parameters
+
+BLOCK = 16
+DTYPE_BYTES = 2
+ROWS = (1, 2, 4, 8, 16, 32)
+CHUNKS = (64, 256, 1024)
+FAR = 1024  # tokens before those of a step, where attention is timed
+THROUGHPUT, FIRST = Shape(128, 64), Shape(512, 8)
+KV_BYTES = 256 << 20
+_barrier: Any = None  # of the processes of a profile
+
+
+def profile(model: str, copies: int, repeats: int) -> dict[str, Any]:
+    """Seconds of steps, the median over `copies` processes at once: a mapping for `Measured`, `step_overhead_s`, and
+    `process_bytes`, what a stage's process takes before weights."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(copies)
+    with context.Pool(copies, initializer=_share, initargs=(barrier,)) as pool:
+        found = pool.starmap(_time_steps, [(model, repeats)] * copies, chunksize=1)
+    return {
+        "layer_s": {size: statistics.median(one["layer_s"][size] for one in found) for size in found[0]["layer_s"]},
+        "head_s": {size: statistics.median(one["head_s"][size] for one in found) for size in found[0]["head_s"]},
+        **{
+            name: statistics.median(one[name] for one in found)
+            for name in ("kv_token_s", "attended_token_s", "step_overhead_s", "process_bytes")
+        },
+    }
+
+
+def _share(barrier: Any) -> None:
+    global _barrier
+    _barrier = barrier
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _time_steps(model: str, repeats: int) -> dict[str, Any]:
+    import torch
+
+    import stages.replica  # what a stage's process imports  # noqa: F401
+    from stageline.stage.v1 import stage_service_pb2 as pb
+    from stages.executor import StageExecutor
+    from stages.runner import StageRunner
+    from stages.server.frames import StepFrame
+    from stages.weights import load_weights
+
+    torch.set_num_threads(1)
+    process_bytes = resident_bytes(os.getpid())
+    checkpoint = open_checkpoint(model)
+    config = checkpoint.config
+    third = config.num_layers // 3
+    executors: dict[int, StageExecutor] = {}
+    num_blocks = max(ROWS) * -(-(FAR + 1) // BLOCK) + max(CHUNKS) // BLOCK
+    for end in (third, 2 * third, config.num_layers):
+        runner = StageRunner(
+            config, LayerRange(0, end), dtype=torch.bfloat16, device=torch.device("cpu"), block_size_tokens=BLOCK
+        )
+        load_weights(checkpoint, runner.layers, runner.model, dtype=torch.bfloat16)
+        executors[end] = StageExecutor(runner)
+        executors[end].allocate_kv(num_blocks)
+    number = 0
+
+    def step(rows: int, tokens: int, context: int) -> bytes:
+        """`rows` sequences with `tokens` new ones each, `context` positions after them."""
+        nonlocal number
+        number += 1
+        message = pb.Step(step_id=number, token_ids=np.full(rows * tokens, 7, dtype="<i4").tobytes())
+        each = -(-context // BLOCK)
+        for sequence in range(rows):
+            row = message.rows.add(sequence_id=number * 100 + sequence + 1, num_tokens=tokens, context_len=context)
+            row.block_table = np.arange(sequence * each, (sequence + 1) * each, dtype="<i4").tobytes()
+            row.sampling.top_p = row.sampling.repetition_penalty = 1.0
+        return message.SerializeToString()
+
+    def seconds(end: int, rows: int, tokens: int, context: int) -> float:
+        taken = []
+        for turn in range(repeats + 1):
+            header = step(rows, tokens, context)
+            began = time.perf_counter()
+            out = executors[end].execute(StepFrame(1, number, header), time.monotonic_ns())
+            assert not out.failed, out.header
+            if turn:
+                taken.append(time.perf_counter() - began)
+        return statistics.median(taken)
+
+    shapes = {**{rows: (rows, 1, 16) for rows in ROWS}, **{chunk: (1, chunk, chunk) for chunk in CHUNKS}}
+    _barrier.wait()
+    times = {size: {end: seconds(end, *shape) for end in executors} for size, shape in shapes.items()}
+    far = {rows: seconds(third, rows, 1, FAR) for rows in (1, max(ROWS))}
+    far_chunk = seconds(third, 1, CHUNKS[0], FAR + CHUNKS[0])
+    _barrier.wait()
+    rows = max(ROWS)
+    kv_token_s = max(0.0, far[rows] - times[rows][third]) / (third * rows * (FAR - 16))
+    attended_s = max(0.0, far_chunk - times[CHUNKS[0]][third]) / (third * CHUNKS[0] * FAR)
+
+    def attention_s(size: int) -> float:
+        attended = size * (size + 1) / 2 if size in CHUNKS else size * 16
+        return attended_s * attended if size in CHUNKS else kv_token_s * attended
+
+    per_layer = {size: (one[2 * third] - one[third]) / third for size, one in times.items()}
+    overhead = statistics.median(max(0.0, times[rows][third] - third * per_layer[rows]) for rows in ROWS)
+    least = min(value for value in per_layer.values() if value > 0)
+    return {
+        "layer_s": {size: max(least, per_layer[size] - attention_s(size)) for size in shapes},
+        "head_s": {
+            rows: max(1e-9, times[rows][config.num_layers] - overhead - config.num_layers * per_layer[rows])
+            for rows in ROWS
+        },
+        "kv_token_s": kv_token_s,
+        "attended_token_s": attended_s,
+        "step_overhead_s": overhead,
+        "process_bytes": process_bytes,
+    }
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that lies in RAM now."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all predictions share. `alone` and `busy` are profiles: one process, and one a core."""
+
+    model: str
+    config: ModelConfig
+    alone: dict[str, Any]
+    busy: dict[str, Any]
+    link: Link
+    cost: GatewayCost
+    cores: int
+
+    def plan(self, count: int, measured: dict[str, Any]) -> tuple[Request, ClusterPlan]:
+        """`serve --stages count --kv-cache.memory-bytes KV_BYTES`, as the planner sees it: each stage a device of its own whose
+        memory leaves KV_BYTES for the cache."""
+        ranges, workload = split(self.config, count), Workload(context_tokens=256)
+        tables = {name: tuple(sorted(measured[name].items())) for name in ("layer_s", "head_s")}
+        known = Measured(**tables, kv_token_s=measured["kv_token_s"], attended_token_s=measured["attended_token_s"])
+        devices = tuple(
+            Gpu(
+                name=f"cpu-{index}",
+                memory_bytes=KV_BYTES
+                + num_parameters(self.config, layers) * DTYPE_BYTES
+                + CUDA_RESERVE_BYTES
+                + activation_bytes(self.config, workload, DTYPE_BYTES, last=layers.is_last(self.config)),
+                memory_bytes_per_s=1.0,
+                flops_per_s=1.0,
+                step_overhead_s=measured["step_overhead_s"],
+                measured=known,
+            )
+            for index, layers in enumerate(ranges)
+        )
+        request = Request(
+            model=self.model, config=self.config, gpus=devices, layers=",".join(map(str, ranges)), link=self.link,
+            workload=workload, usable_fraction=1.0, block_size_tokens=BLOCK,
+        )  # fmt: skip
+        plan = make_cluster_plan(request)
+        assert plan.layers() == request.layers
+        return request, plan
+
+    def predict(self, count: int, streams: int) -> dict[str, Any]:
+        """Figures of `measure`."""
+
+        def run(streams: int, shape: Shape, measured: dict[str, Any]) -> Any:
+            request, plan = self.plan(count, measured)
+            traffic = Traffic(
+                streams=streams, prompt_tokens=shape.prompt_tokens, output_tokens=shape.new_tokens, sigma=0
+            )
+            return simulate(
+                Scenario(
+                    request=request, plan=plan, traffic=traffic, gateway_cost=self.cost, duration_s=90.0, warmup_s=10.0,
+                    cores=self.cores, limits=SchedulerLimits(prefix_caching=False),
+                )
+            )  # fmt: skip
+
+        _, plan = self.plan(count, self.alone)
+        one = self.alone if count == 1 else self.busy
+        return {
+            "output_tokens_per_s": run(streams, THROUGHPUT, one).output_tokens_per_s,
+            "ttft_ms": 1000 * run(1, FIRST, self.alone).ttft_s["p50"],
+            "kv_tokens": plan.kv_capacity_tokens,
+            "memory_mib": sum(
+                self.alone["process_bytes"] + stage.memory.weight_bytes + stage.memory.kv_cache_bytes
+                for stage in plan.stages
+            ) / (1 << 20),
+        }  # fmt: skip
+
+
+async def measure(address: str, streams: int, repeats: int, rounds: int) -> dict[str, Any]:
+    """The same figures of a running server. Memory is that of all stages' processes at the end."""
+    async with Generator(address, 0) as load:
+        await load.closed_loop([THROUGHPUT] * streams, streams)
+        rates = []
+        for _ in range(repeats):
+            outcomes = checked(await load.closed_loop([THROUGHPUT] * (rounds * streams), streams))
+            span_s = max(one.token_s[-1] for one in outcomes) - min(one.sent_s for one in outcomes)
+            rates.append(sum(len(one.token_s) for one in outcomes) / span_s)
+        first = await latency(load, FIRST, repeats)
+        [pipeline] = load.model.pipelines
+        pids = {replica.pid for stage in pipeline.stages for replica in stage.replicas}
+        return {
+            "output_tokens_per_s": statistics.median(rates),
+            "ttft_ms": first["ttft_ms"],
+            "kv_tokens": pipeline.num_blocks * BLOCK,
+            "memory_mib": sum(map(resident_bytes, pids)) / (1 << 20),
+        }
+
+
+def link_of(repeats: int) -> Link:
+    """Hops between two processes of this host: half a round trip of a small message, and the rate of large ones, through
+    what stages of one host use."""
+
+    def seconds(num_bytes: int) -> float:
+        figures = asyncio.run(transport(num_bytes, repeats))
+        return num_bytes / float(figures["gigabytes_per_s"]["shared"]) / 1e9
+
+    small_bytes, large_bytes = 64 << 10, 8 << 20
+    small_s, large_s = seconds(small_bytes), seconds(large_bytes)
+    rate = (large_bytes - small_bytes) / max(1e-9, large_s - small_s)
+    return Link(latency_s=small_s / 2, bytes_per_s=rate, software_bytes_per_s=rate)
+
+
+def table(rows: dict[int, dict[str, dict[str, float]]]) -> str:
+    """Markdown."""
+    lines = ["| stages | figure | predicted | measured | off by |", "|---|---|---|---|---|"]
+    for count, figures in rows.items():
+        for name, one in figures.items():
+            lines.append(
+                f"| {count} | {name} | {one['predicted']:,.1f} | {one['measured']:,.1f} | {100 * one['error']:+.1f} % |"
+            )
+    return "\n".join(lines)
+
+
+def calibrate(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Profile, predict, run, compare."""
+    cores = os.cpu_count() or 1
+    say("profile of one process")
+    alone = profile(args.model, 1, args.repeats)
+    say(f"profile of {cores} processes at once")
+    busy = profile(args.model, cores, args.repeats)
+    say("hops")
+    setup = Setup(
+        model=args.model, config=open_checkpoint(args.model).config, alone=alone, busy=busy, link=link_of(args.repeats),
+        cost=replace(GatewayCost(), step_s=args.gateway_step_us / 1e6, row_s=args.gateway_row_us / 1e6), cores=cores,
+    )  # fmt: skip
+    rows: dict[int, dict[str, dict[str, float]]] = {}
+    for count in args.stages:
+        say(f"{count} stages")
+        predicted = setup.predict(count, args.streams)
+        flags = (
+            "--stages.num-threads",
+            "1",
+            "--kv-cache.memory-bytes",
+            str(KV_BYTES),
+            "--kv-cache.prefix-caching",
+            "false",
+        )
+        with serving(args.model, count, *flags) as address:
+            measured = asyncio.run(measure(address, args.streams, args.repeats, args.rounds))
+        rows[count] = {
+            name: {
+                "predicted": predicted[name],
+                "measured": measured[name],
+                "error": predicted[name] / measured[name] - 1,
+            }
+            for name in measured
+        }
+    worst = max(abs(one["error"]) for figures in rows.values() for one in figures.values())
+    return {
+        "model": Path(args.model).name, "streams": args.streams, "bound": args.bound, "worst": worst, **here(),
+        "profile_alone": alone, "profile_busy": busy, "hop_s": setup.link.latency_s,
+        "hop_bytes_per_s": setup.link.bytes_per_s, "stages": rows,
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4, help="requests of each stream in a throughput run")
+    parser.add_argument("--gateway-step-us", type=float, default=1e6 * GatewayCost().step_s)
+    parser.add_argument("--gateway-row-us", type=float, default=1e6 * GatewayCost().row_s)
+    parser.add_argument("--bound", type=float, default=0.15)
+    parser.add_argument("--output", choices=["table", "json"], default="table")
+    args = parser.parse_args()
+    report = calibrate(args, lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(report, indent=2) if args.output == "json" else table(report["stages"]))
+    print(f"worst: {100 * report['worst']:.1f} %, bound {100 * args.bound:.0f} %", file=sys.stderr)
+    return 0 if report["worst"] <= args.bound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
