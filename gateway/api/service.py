@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from gateway.access import Doorkeeper
 from gateway.access import visit as visits
@@ -22,6 +22,7 @@ from gateway.api.validate import check_served, end_token_ids, validate
 from gateway.grammar import GrammarCompiler
 from gateway.metrics import Metrics
 from gateway.tokenizer import ChatTemplate, Detokenizer, StopMatcher, Tokenizer
+from gateway.tracing import call as calls
 from gateway.types import (
     ChoiceDelta,
     ContinuationScore,
@@ -33,6 +34,9 @@ from gateway.types import (
 )
 from stageline.errors import FailedPreconditionError
 from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
+
+if TYPE_CHECKING:
+    from gateway.tracing.spans import Tracing
 
 logger = logging.getLogger("stageline.gateway.requests")
 
@@ -103,8 +107,10 @@ class Frontend:
         chat_template: ChatTemplate | None,
         model: ModelInfo,
         doorkeeper: Doorkeeper | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        """Without a `doorkeeper` everybody is one tenant."""
+        """Without a `doorkeeper` everybody is one tenant, without `tracing` there are no traces."""
+        self.tracing = tracing
         self.doorkeeper = doorkeeper or Doorkeeper()
         self.engine, self.tokenizer, self.chat_template, self.model = engine, tokenizer, chat_template, model
         self.started_s = int(time.time())
@@ -130,6 +136,8 @@ class Frontend:
                 visit.prompts.append(text or self.tokenizer.decode(token_ids, skip_special_tokens=False))
         if raw.constraint is not None:
             request = replace(request, grammar=await self._grammars.compile(raw.constraint))
+        if (call := calls.current.get()) is not None:
+            request = replace(request, work=call.accepted(request, self.model))
         return Accepted(
             request=request,
             created_s=int(time.time()),
@@ -178,14 +186,17 @@ class Frontend:
         )
         if request.resume_token_ids:
             post.resume(request.first_choice, self._text_so_far(request))
-        visit = visits.current.get()
+        visit, call = visits.current.get(), calls.current.get()
         started_s, num_tokens, outcome = time.monotonic(), 0, "cancelled"
+        ends: dict[int, ChoiceDelta] = {}
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
                     num_tokens += len(delta.token_ids)
                     if visit is not None:
                         visit.charge(len(delta.token_ids))
+                    if call is not None and delta.finish_reason is not None:
+                        ends[delta.index] = delta
                     for one in post.apply(delta):
                         yield one
             outcome = "done"
@@ -197,6 +208,13 @@ class Frontend:
                 "request %s: %s, %d prompt tokens, %d generated in %.3f s", request.request_id, outcome,
                 len(request.prompt_token_ids), num_tokens, time.monotonic() - started_s,
             )  # fmt: skip
+            if call is not None and request.work is not None:
+                call.generated(
+                    num_tokens,
+                    min((end.cached_prompt_tokens for end in ends.values()), default=0),
+                    [end.finish_reason for end in ends.values() if end.finish_reason is not None],
+                )
+                call.worked(request.work, started_s, time.monotonic())
 
     async def collect(self, accepted: Accepted) -> Answer:
         """The whole answer."""
@@ -216,6 +234,8 @@ class Frontend:
         request = validate_score(raw, context, continuations, self.model)
         if (visit := visits.current.get()) is not None:
             request = visit.admit_score(request)
+        if (call := calls.current.get()) is not None:
+            request = replace(request, work=call.accepted(request, self.model))
         scores = cast("AsyncGenerator[ContinuationScore]", self.engine.score(request))
         started_s, outcome = time.monotonic(), "cancelled"
         found: dict[int, ContinuationScore] = {}
@@ -232,6 +252,8 @@ class Frontend:
                 "request %s: %s, %d context tokens, %d of %d continuations scored in %.3f s", request.request_id, outcome,
                 len(context), len(found), len(continuations), time.monotonic() - started_s,
             )  # fmt: skip
+            if call is not None and request.work is not None:
+                call.worked(request.work, started_s, time.monotonic())
         return Scored(
             request=request,
             scores=[found[place] for place in range(len(continuations))],

@@ -139,6 +139,7 @@ class Engine:
                 num_tokens = request.num_choices * len(request.prompt_token_ids)
                 lane = await self._place(choices[0].sequence, num_tokens, request.deadline_s)
                 timer = self._timer(choices, request.deadline_s)
+                self._keeper.feed.follow(request.work, (choice.sequence.sequence_id for choice in choices))
                 for choice in choices:
                     if not choice.ended:  # a resumed generation may have ended already
                         lane.add(choice)
@@ -155,6 +156,7 @@ class Engine:
                 if timer is not None:
                     timer.cancel()
                 self._end(choices, None)
+                self._keeper.feed.forget(choice.sequence.sequence_id for choice in choices)
                 deltas.close()
 
     @contextmanager
@@ -230,6 +232,7 @@ class Engine:
                 places = (longest_first[i::number] for i in range(number))
                 tracks += (Track(request, of, next(self._sequence_ids), scores) for of in places)
                 timer = self._timer(tracks, request.deadline_s)
+                self._keeper.feed.follow(request.work, (track.sequence.sequence_id for track in tracks))
                 for track in tracks:
                     lane.add(track)
                 counted.queued = True
@@ -243,6 +246,7 @@ class Engine:
                 if timer is not None:
                     timer.cancel()
                 self._end(tracks, None)
+                self._keeper.feed.forget(track.sequence.sequence_id for track in tracks)
 
     def _timer(self, choices: Sequence[ChoiceState | Track], deadline_s: float | None) -> asyncio.TimerHandle | None:
         """Ends the request when its time has come."""

@@ -274,6 +274,8 @@ class Lane:
                 self._feed.publish(
                     describe_step(self.name, self.pipeline.epoch, batch, result, sent_s=sent_s, returned_s=arrived_s)
                 )
+            if self._feed.works and self.pipeline is not None:
+                self._feed.trace(self.name, self.pipeline.epoch, batch, result, sent_s=sent_s, returned_s=arrived_s)
             timing = step_timing(result, arrived_s - sent_s + self._handling_s)
             self._on_rows(batch, {row.sequence_id: row for row in result.rows}, timing, arrived_s)
         self.pump()
