@@ -27,6 +27,7 @@ from gateway.model import load_model
 from gateway.pipelines.discovery import Registry, ReplicaRecord
 from gateway.planner.split import resolve_layers
 from gateway.serve_adapter import log_to_stderr, stage_application
+from gateway.tracing.call import open_tracing
 from stageline.errors import ConfigError
 from stages.checkpoint import open_checkpoint
 from stages.server.access import StageAccess
@@ -173,6 +174,7 @@ class Gateway:
         parsed = configuration.Config.model_validate(config)
         security = parsed.security
         tls = security.door_tls()
+        self._tracing = open_tracing(parsed.tracing)
         doorkeeper = Doorkeeper(security.keys_file, Audit(security.audit_file, prompts=security.audit_prompts))
         model, tokenizer, template = await asyncio.to_thread(load_model, parsed)
         registry = Registry()
@@ -208,7 +210,7 @@ class Gateway:
             model=model, tokenizer=tokenizer, registry=registry, settings=settings, fingerprint=model.fingerprint
         )
         await self._engine.start()
-        _frontend = Frontend(self._engine, tokenizer, template, model, doorkeeper)
+        _frontend = Frontend(self._engine, tokenizer, template, model, doorkeeper, self._tracing)
         _batches = self._batches = await open_batches(_frontend, parsed.batch)
         if self._batches is not None:
             self._engine.batch_backlog_tokens = self._batches.backlog_tokens
@@ -233,3 +235,5 @@ class Gateway:
             await batches.stop()
         if hasattr(self, "_engine"):
             await self._engine.stop(self._drain_s)
+        if (tracing := getattr(self, "_tracing", None)) is not None:
+            await tracing.stop()

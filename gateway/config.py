@@ -218,6 +218,19 @@ class SecuritySection(_Section):
         }
 
 
+class TracingSection(_Section):
+    """OpenTelemetry traces of calls, over OTLP gRPC; the standard OTEL_* variables hold for all that is not here."""
+
+    enabled: bool = Field(False, description="send a trace of each sampled call (needs the extra `tracing`)")
+    endpoint: str | None = Field(
+        None, description="of the collector, http://host:4317; default: OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+    sample_ratio: float | None = Field(
+        None, ge=0, le=1,
+        description="share of the calls that come without a caller's decision; default: OTEL_TRACES_SAMPLER, else all",
+    )  # fmt: skip
+
+
 class Config(_Section):
     """The whole configuration."""
 
@@ -229,6 +242,7 @@ class Config(_Section):
     server: ServerSection = ServerSection()
     batch: BatchSection = BatchSection()
     security: SecuritySection = SecuritySection()
+    tracing: TracingSection = TracingSection()
 
     def block_size_tokens(self) -> int:
         """Tokens of a KV block: as configured, else 16, and 256 on CUDA (FlashAttention-2's paged KV)."""

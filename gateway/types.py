@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gateway.grammar import CompiledGrammar
+    from gateway.tracing.work import RequestWork
 
 MAX_PRIORITY = 100
 """Of a request, either way."""
@@ -81,6 +82,8 @@ class GenerateRequest:
     grammar: CompiledGrammar | None = None
     num_prompt_logprobs: int | None = None
     """Score the prompt, with this many alternatives a token; `sampling.max_tokens` may then be 0. None: don't."""
+    work: RequestWork | None = field(default=None, compare=False, repr=False)
+    """Where the engine puts down what was done for the request; None: it is not traced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,7 @@ class ScoreRequest:
     tenant: str = ""
     use_prefix_cache: bool = True
     cache_salt: str = ""
+    work: RequestWork | None = field(default=None, compare=False, repr=False)
 
 
 class FinishReason(enum.Enum):

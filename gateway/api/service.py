@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from gateway.access import Doorkeeper
 from gateway.access import visit as visits
@@ -22,6 +22,7 @@ from gateway.api.validate import check_served, end_token_ids, validate
 from gateway.grammar import GrammarCompiler
 from gateway.metrics import Metrics
 from gateway.tokenizer import ChatTemplate, Detokenizer, StopMatcher, Tokenizer
+from gateway.tracing import call as calls
 from gateway.types import (
     ChoiceDelta,
     ContinuationScore,
@@ -33,6 +34,9 @@ from gateway.types import (
 )
 from stageline.errors import FailedPreconditionError
 from stageline.operations.v1.operations_service_pb2 import StreamStepsResponse
+
+if TYPE_CHECKING:
+    from gateway.tracing.spans import Tracing
 
 logger = logging.getLogger("stageline.gateway.requests")
 
@@ -94,8 +98,9 @@ class Accepted:
 
 
 @contextmanager
-def _logged(request_id: str, counts: Callable[[], str]) -> Iterator[None]:
-    """Around a request's work: a line in the log about how it ended, with its counts of then."""
+def _followed(request: GenerateRequest | ScoreRequest, counts: Callable[[], str]) -> Iterator[None]:
+    """Around a request's work: its spans, and a line in the log about how it ended, with its counts of then."""
+    call = calls.current.get()  # now: a generator may be closed in another context
     started_s, outcome = time.monotonic(), "cancelled"
     try:
         yield
@@ -104,7 +109,10 @@ def _logged(request_id: str, counts: Callable[[], str]) -> Iterator[None]:
         outcome = getattr(error, "reason", type(error).__name__)
         raise
     finally:
-        logger.info("request %s: %s, %s in %.3f s", request_id, outcome, counts(), time.monotonic() - started_s)
+        ended_s = time.monotonic()
+        logger.info("request %s: %s, %s in %.3f s", request.request_id, outcome, counts(), ended_s - started_s)
+        if call is not None and request.work is not None:
+            call.worked(request.work, started_s, ended_s)
 
 
 class Frontend:
@@ -117,8 +125,10 @@ class Frontend:
         chat_template: ChatTemplate | None,
         model: ModelInfo,
         doorkeeper: Doorkeeper | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        """Without a `doorkeeper` everybody is one tenant."""
+        """Without a `doorkeeper` everybody is one tenant, without `tracing` there are no traces."""
+        self.tracing = tracing
         self.doorkeeper = doorkeeper or Doorkeeper()
         self.engine, self.tokenizer, self.chat_template, self.model = engine, tokenizer, chat_template, model
         self.started_s = int(time.time())
@@ -144,6 +154,8 @@ class Frontend:
                 visit.prompts.append(text or self.tokenizer.decode(token_ids, skip_special_tokens=False))
         if raw.constraint is not None:
             request = replace(request, grammar=await self._grammars.compile(raw.constraint))
+        if (call := calls.current.get()) is not None:
+            request = replace(request, work=call.accepted(request, self.model))
         return Accepted(
             request=request,
             created_s=int(time.time()),
@@ -192,18 +204,26 @@ class Frontend:
         )
         if request.resume_token_ids:
             post.resume(request.first_choice, self._text_so_far(request))
-        visit = visits.current.get()
-        num_tokens = 0
-        with _logged(
-            request.request_id, lambda: f"{len(request.prompt_token_ids)} prompt tokens, {num_tokens} generated"
-        ):
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    num_tokens += len(delta.token_ids)
-                    if visit is not None:
-                        visit.charge(len(delta.token_ids))
-                    for one in post.apply(delta):
-                        yield one
+        visit, call = visits.current.get(), calls.current.get()
+        num_tokens, ends = 0, dict[int, ChoiceDelta]()
+        with _followed(request, lambda: f"{len(request.prompt_token_ids)} prompt tokens, {num_tokens} generated"):
+            try:
+                async with aclosing(deltas):
+                    async for delta in deltas:
+                        num_tokens += len(delta.token_ids)
+                        if visit is not None:
+                            visit.charge(len(delta.token_ids))
+                        if delta.finish_reason is not None:
+                            ends[delta.index] = delta
+                        for one in post.apply(delta):
+                            yield one
+            finally:
+                if call is not None:
+                    call.generated(
+                        num_tokens,
+                        min((end.cached_prompt_tokens for end in ends.values()), default=0),
+                        [end.finish_reason for end in ends.values() if end.finish_reason is not None],
+                    )
 
     async def collect(self, accepted: Accepted) -> Answer:
         """The whole answer."""
@@ -223,10 +243,12 @@ class Frontend:
         request = validate_score(raw, context, continuations, self.model)
         if (visit := visits.current.get()) is not None:
             request = visit.admit_score(request)
+        if (call := calls.current.get()) is not None:
+            request = replace(request, work=call.accepted(request, self.model))
         scores = cast("AsyncGenerator[ContinuationScore]", self.engine.score(request))
         found: dict[int, ContinuationScore] = {}
-        with _logged(
-            request.request_id,
+        with _followed(
+            request,
             lambda: f"{len(context)} context tokens, {len(found)} of {len(continuations)} continuations scored",
         ):
             async with aclosing(scores):

@@ -135,7 +135,7 @@ class Engine:
             num_tokens = request.num_choices * len(request.prompt_token_ids)
             lane = await self._place(choices[0].sequence, num_tokens, request.deadline_s)
             # A resumed generation may have ended already.
-            self._queue(lane, counted, [choice for choice in choices if not choice.ended], request.deadline_s)
+            self._queue(lane, counted, request, [choice for choice in choices if not choice.ended])
             num_open = len(choices)
             while num_open:
                 delta = await deltas.get()
@@ -164,16 +164,22 @@ class Engine:
             if request.timer is not None:
                 request.timer.cancel()
             self._end(request.parts, None)
+            self._keeper.feed.forget(part.sequence.sequence_id for part in request.parts)
             self._num_open -= 1
 
     def _queue(
-        self, lane: Lane, counted: _Request, parts: Sequence[ChoiceState | Track], deadline_s: float | None
+        self,
+        lane: Lane,
+        counted: _Request,
+        request: GenerateRequest | ScoreRequest,
+        parts: Sequence[ChoiceState | Track],
     ) -> None:
         """Give the parts of a request to a lane until its deadline. Raises what `Lane.add` raises."""
         counted.parts = parts
-        if deadline_s is not None:
+        if request.deadline_s is not None:
             loop = asyncio.get_running_loop()
-            counted.timer = loop.call_later(_remaining(deadline_s), self._end, parts, deadline_exceeded())
+            counted.timer = loop.call_later(_remaining(request.deadline_s), self._end, parts, deadline_exceeded())
+        self._keeper.feed.follow(request.work, (part.sequence.sequence_id for part in parts))
         for part in parts:
             lane.add(part)
         counted.queued = True
@@ -230,7 +236,7 @@ class Engine:
             )
             places = (longest_first[i::number] for i in range(number))
             tracks = [Track(request, of, next(self._sequence_ids), scores) for of in places]
-            self._queue(lane, counted, tracks, request.deadline_s)
+            self._queue(lane, counted, request, tracks)
             for _ in lengths:
                 score = await scores.get()
                 if isinstance(score, StagelineError):

@@ -308,6 +308,8 @@ class Lane:
                 self._feed.publish(
                     describe_step(self.name, self.pipeline.epoch, batch, result, sent_s=sent_s, returned_s=arrived_s)
                 )
+            if self._feed.works and self.pipeline is not None:
+                self._feed.trace(self.name, self.pipeline.epoch, batch, result, sent_s=sent_s, returned_s=arrived_s)
             ring_s = arrived_s - sent_s + self._handling_s
             if not any(row.is_prefill for row in batch.rows):
                 self._token_s = ring_s if self._token_s is None else self._token_s + RECENT * (ring_s - self._token_s)

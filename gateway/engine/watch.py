@@ -1,11 +1,12 @@
-"""Steps as they come back from the pipelines, for whoever watches them. Free while nobody does."""
+"""Steps as they come back from the pipelines, for whoever watches them and for traces. Free while nobody does."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 
-from gateway.scheduler import MicroBatch
+from gateway.scheduler import MicroBatch, ScheduledRow
+from gateway.tracing.work import RequestWork
 from stageline.operations.v1 import operations_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2 as stage_pb
 
@@ -18,6 +19,39 @@ class StepFeed:
 
     def __init__(self) -> None:
         self._unread: set[_Unread] = set()
+        self.works: dict[int, RequestWork] = {}
+        """Of the sequences, by id, whose requests are traced."""
+
+    def follow(self, work: RequestWork | None, sequence_ids: Iterable[int]) -> None:
+        """Put down in `work` what steps do for these sequences, until `forget`."""
+        if work is not None:
+            self.works.update(dict.fromkeys(sequence_ids, work))
+
+    def forget(self, sequence_ids: Iterable[int]) -> None:
+        """The request of these sequences ended."""
+        if self.works:
+            for sequence_id in sequence_ids:
+                self.works.pop(sequence_id, None)
+
+    def trace(
+        self, pipeline: str, epoch: int, batch: MicroBatch, result: stage_pb.StepResult, *, sent_s: float, returned_s: float
+    ) -> None:  # fmt: skip
+        """Put a step down for the traced requests that took part in it."""
+        taking_part: dict[RequestWork, list[ScheduledRow]] = {}
+        for row in batch.rows:
+            if (work := self.works.get(row.sequence.sequence_id)) is not None:
+                taking_part.setdefault(work, []).append(row)
+        for work, rows in taking_part.items():
+            work.add(
+                pipeline,
+                epoch,
+                result.timings,
+                num_tokens=sum(row.num_tokens for row in rows),
+                num_step_tokens=batch.num_tokens,
+                answered=any(row.wants_output and row.sequence.forced_token_id is None for row in rows),
+                sent_s=sent_s,
+                returned_s=returned_s,
+            )
 
     @property
     def watched(self) -> bool:

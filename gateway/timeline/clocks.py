@@ -15,10 +15,12 @@ from stageline.operations.v1 import operations_service_pb2 as pb
 
 def offsets_ns(steps: Sequence[pb.Step]) -> list[int]:
     """What to add to each stage's times, in nanoseconds. `steps` went through the same stages of one pipeline and epoch."""
-    num_hops = len(steps[0].stages) + 1
-    # The shortest of each hop, on two clocks: its true length plus the difference between them.
-    shortest = [min(_hops(step)[hop] for step in steps) for hop in range(num_hops)]
-    share = sum(shortest) / num_hops  # the differences cancel; never under 0 on clocks that run alike
+    return offsets_of([min(hops) for hops in zip(*map(_hops, steps), strict=True)])
+
+
+def offsets_of(shortest: Sequence[int]) -> list[int]:
+    """The same from the shortest of each hop, on two clocks: its true length plus the difference between them."""
+    share = sum(shortest) / len(shortest)  # the differences cancel; never under 0 on clocks that run alike
     offsets, offset = [], 0.0
     for hop in shortest[:-1]:
         offset += share - hop

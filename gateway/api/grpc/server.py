@@ -15,6 +15,7 @@ from gateway.api.grpc.door import Door
 from gateway.api.grpc.interceptor import TypedErrors
 from gateway.api.grpc.operations import OperationsServicer
 from gateway.api.grpc.servicer import InferenceServicer
+from gateway.api.grpc.tracing import Traced
 from gateway.api.service import Frontend
 from gateway.batch.service import BatchService
 from stageline.batch.v1 import batch_service_pb2 as batch_pb
@@ -112,7 +113,8 @@ async def serve_grpc(
     }
     ours = (SERVICE, OPERATIONS) if batches is None else (SERVICE, OPERATIONS, BATCHES)
     door = Door(frontend.doorkeeper, visited=ours, operators=(OPERATIONS,), open_to_all=(health.SERVICE_NAME,))
-    interceptors = (door, TypedErrors(ours, write_timeout_s))
+    traced = () if frontend.tracing is None else (Traced(frontend.tracing, ours),)
+    interceptors = (door, *traced, TypedErrors(ours, write_timeout_s))
     server = grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
     pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend), server)
     operations_pb_grpc.add_OperationsServiceServicer_to_server(OperationsServicer(frontend), server)

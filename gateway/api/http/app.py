@@ -24,6 +24,7 @@ from gateway.api.http.errors import install
 from gateway.api.http.merge import merged
 from gateway.api.http.request_ids import RequestIds
 from gateway.api.http.responses import AnswerResponse
+from gateway.api.http.tracing import Traced
 from gateway.api.service import Accepted, Frontend
 from gateway.batch.service import BatchService
 from gateway.metrics import CONTENT_TYPE as METRICS_TYPE
@@ -46,6 +47,7 @@ def create_http_app(
     app = FastAPI(title="Stageline", version=documents.VERSION, docs_url=None, redoc_url=None)
     uploads = {batches.UPLOAD_PATH: batches.MAX_UPLOAD_BYTES}
     app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES, larger=uploads)
+    app.add_middleware(Traced, tracing_getter=lambda: frontend_getter().tracing)
     app.add_middleware(Door, doorkeeper_getter=lambda: frontend_getter().doorkeeper)
     app.add_middleware(RequestIds)  # added last, so outermost: errors of the others have the id too
     install(app)
