@@ -40,7 +40,7 @@ from gateway.scheduler import SchedulerLimits
 from gateway.simulator import GatewayCost, Scenario, Traffic, simulate
 from stages.checkpoint import open_checkpoint
 from stages.config import ModelConfig
-from stages.partition import LayerRange, num_parameters
+from stages.partition import LayerRange, kv_bytes_per_token, num_parameters
 
 BLOCK = 16
 DTYPE_BYTES = 2
@@ -54,7 +54,7 @@ _barrier: Any = None  # of the processes of a profile
 
 def profile(model: str, copies: int, repeats: int) -> dict[str, Any]:
     """Seconds of steps, the median over `copies` processes at once: a mapping for `Measured`, `step_overhead_s`, and
-    `process_bytes`, what a stage's process takes before weights."""
+    `process_bytes`, what a stage's process takes besides weights and cache."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(copies)
     with context.Pool(copies, initializer=_share, initargs=(barrier,)) as pool:
@@ -78,7 +78,8 @@ def _share(barrier: Any) -> None:
 def _time_steps(model: str, repeats: int) -> dict[str, Any]:
     import torch
 
-    import stages.replica  # what a stage's process imports  # noqa: F401
+    import gateway.serve_adapter  # what a stage's process imports, Ray included  # noqa: F401
+    import stages.replica  # noqa: F401
     from stageline.stage.v1 import stage_service_pb2 as pb
     from stages.executor import StageExecutor
     from stages.runner import StageRunner
@@ -86,19 +87,20 @@ def _time_steps(model: str, repeats: int) -> dict[str, Any]:
     from stages.weights import load_weights
 
     torch.set_num_threads(1)
-    process_bytes = resident_bytes(os.getpid())
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     third = config.num_layers // 3
     executors: dict[int, StageExecutor] = {}
     num_blocks = max(ROWS) * -(-(FAR + 1) // BLOCK) + max(CHUNKS) // BLOCK
-    for end in (third, 2 * third, config.num_layers):
+
+    def load(end: int) -> None:
         runner = StageRunner(
             config, LayerRange(0, end), dtype=torch.bfloat16, device=torch.device("cpu"), block_size_tokens=BLOCK
         )
         load_weights(checkpoint, runner.layers, runner.model, dtype=torch.bfloat16)
         executors[end] = StageExecutor(runner)
         executors[end].allocate_kv(num_blocks)
+
     number = 0
 
     def step(rows: int, tokens: int, context: int) -> bytes:
@@ -113,40 +115,53 @@ def _time_steps(model: str, repeats: int) -> dict[str, Any]:
             row.sampling.top_p = row.sampling.repetition_penalty = 1.0
         return message.SerializeToString()
 
-    def seconds(end: int, rows: int, tokens: int, context: int) -> float:
-        taken = []
-        for turn in range(repeats + 1):
-            header = step(rows, tokens, context)
-            began = time.perf_counter()
-            out = executors[end].execute(StepFrame(1, number, header), time.monotonic_ns())
-            assert not out.failed, out.header
-            if turn:
-                taken.append(time.perf_counter() - began)
-        return statistics.median(taken)
+    def once(end: int, rows: int, tokens: int, context: int) -> float:
+        header = step(rows, tokens, context)
+        began = time.perf_counter()
+        out = executors[end].execute(StepFrame(1, number, header), time.monotonic_ns())
+        assert not out.failed, out.header
+        return time.perf_counter() - began
+
+    def in_turn(shape: tuple[int, int, int]) -> list[dict[int, float]]:
+        """Differences between executors are taken within a turn, so that a drift of the machine cancels."""
+        return [{end: once(end, *shape) for end in executors} for _ in range(repeats + 1)][1:]
 
     shapes = {**{rows: (rows, 1, 16) for rows in ROWS}, **{chunk: (1, chunk, chunk) for chunk in CHUNKS}}
+    load(third)
+    once(third, 1, max(CHUNKS), max(CHUNKS))
+    held = num_parameters(config, LayerRange(0, third)) * DTYPE_BYTES
+    held += num_blocks * BLOCK * kv_bytes_per_token(config, LayerRange(0, third), DTYPE_BYTES)
+    process_bytes = anonymous_bytes(os.getpid()) - held
+    load(2 * third)
+    load(config.num_layers)
     _barrier.wait()
-    times = {size: {end: seconds(end, *shape) for end in executors} for size, shape in shapes.items()}
-    far = {rows: seconds(third, rows, 1, FAR) for rows in (1, max(ROWS))}
-    far_chunk = seconds(third, 1, CHUNKS[0], FAR + CHUNKS[0])
-    _barrier.wait()
+    turns = {size: in_turn(shape) for size, shape in shapes.items()}
     rows = max(ROWS)
-    kv_token_s = max(0.0, far[rows] - times[rows][third]) / (third * rows * (FAR - 16))
-    attended_s = max(0.0, far_chunk - times[CHUNKS[0]][third]) / (third * CHUNKS[0] * FAR)
+    many, chunk = in_turn((rows, 1, FAR)), in_turn((1, CHUNKS[0], FAR + CHUNKS[0]))
+    _barrier.wait()
+
+    def layers_s(one: list[dict[int, float]]) -> float:
+        return statistics.median((turn[2 * third] - turn[third]) / third for turn in one)
+
+    per_layer = {size: layers_s(one) for size, one in turns.items()}
+    kv_token_s = max(0.0, layers_s(many) - per_layer[rows]) / (rows * (FAR - 16))
+    attended_s = max(0.0, layers_s(chunk) - per_layer[CHUNKS[0]]) / (CHUNKS[0] * FAR)
 
     def attention_s(size: int) -> float:
         attended = size * (size + 1) / 2 if size in CHUNKS else size * 16
         return attended_s * attended if size in CHUNKS else kv_token_s * attended
 
-    per_layer = {size: (one[2 * third] - one[third]) / third for size, one in times.items()}
-    overhead = statistics.median(max(0.0, times[rows][third] - third * per_layer[rows]) for rows in ROWS)
-    least = min(value for value in per_layer.values() if value > 0)
+    overhead = statistics.median(max(0.0, turn[third] - third * per_layer[one]) for one in ROWS for turn in turns[one])
+    head = {
+        one: statistics.median(
+            turn[config.num_layers] - overhead - config.num_layers * per_layer[one] for turn in turns[one]
+        )
+        for one in ROWS
+    }
     return {
-        "layer_s": {size: max(least, per_layer[size] - attention_s(size)) for size in shapes},
-        "head_s": {
-            rows: max(1e-9, times[rows][config.num_layers] - overhead - config.num_layers * per_layer[rows])
-            for rows in ROWS
-        },
+        # Noise may leave nothing, or less: at least half of what was timed, and a nanosecond.
+        "layer_s": {size: max(1e-9, one / 2, one - attention_s(size)) for size, one in per_layer.items()},
+        "head_s": {one: max(1e-9, seconds) for one, seconds in head.items()},
         "kv_token_s": kv_token_s,
         "attended_token_s": attended_s,
         "step_overhead_s": overhead,
@@ -154,10 +169,10 @@ def _time_steps(model: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def resident_bytes(pid: int) -> int:
-    """Memory of a process that lies in RAM now."""
+def anonymous_bytes(pid: int) -> int:
+    """Memory in RAM that is a process's own: neither mapped files (weights on disk, libraries) nor shared memory."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
 @dataclass(frozen=True)
@@ -244,7 +259,7 @@ async def measure(address: str, streams: int, repeats: int, rounds: int) -> dict
             "output_tokens_per_s": statistics.median(rates),
             "ttft_ms": first["ttft_ms"],
             "kv_tokens": pipeline.num_blocks * BLOCK,
-            "memory_mib": sum(map(resident_bytes, pids)) / (1 << 20),
+            "memory_mib": sum(map(anonymous_bytes, pids)) / (1 << 20),
         }
 
 
