@@ -159,8 +159,9 @@ async def test_with_one_pipeline_requests_wait(children, caplog) -> None:
 async def test_of_two_gateways_one_is_killed_and_one_is_rolled(children) -> None:
     """Each owns one pipeline of the pool. What the dead one owned the other takes over; clients lose no token."""
     stages = [children.stage(*LAYERS[i % 2], **STAGE) for i in range(4)]
-    settings = {**SETTINGS, "eager_pipelines": 1, "patience_s": 8.0}
-    gateways = [children.gateway(stages, settings=settings) for _ in range(2)]  # ready: each has a whole pipeline
+    settings = {**SETTINGS, "eager_pipelines": 1, "patience_s": 3.0}
+    # However slow this machine is, the first leaves a pipeline to the second, which takes more later.
+    gateways = [children.gateway(stages, settings={**settings, "patience_s": patience_s}) for patience_s in (1e6, 3.0)]
     addresses = [gateway["grpc"] for gateway in gateways]
     async with (
         AsyncClient(addresses, backoff=QUICK) as first,
@@ -175,7 +176,7 @@ async def test_of_two_gateways_one_is_killed_and_one_is_rolled(children) -> None
         streams = Streams([first, second], max_tokens=50)
         await streams.moved_on()
         children.signal(gateways[0], signal.SIGKILL)
-        await until(has_all, 30)
+        await until(has_all, 60)
         await streams.moved_on()
         assert streams.faults == []
         await streams.finish()
