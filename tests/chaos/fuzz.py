@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -69,6 +70,12 @@ class Findings:
     witness_streams: int = 0
     slowest_witness_s: float = 0.0
     slowest_call_s: float = 0.0
+    ends_s: float = math.inf
+
+    @property
+    def late(self) -> bool:
+        """Whether the time for hostile calls is over."""
+        return time.monotonic() > self.ends_s
 
     def count(self, kind: str, outcome: str) -> None:
         """One message or string was answered."""
@@ -298,7 +305,7 @@ async def fuzz_inference(findings: Findings, address: str, count: int, rng: rand
                 CODES,
             )
 
-        await in_parallel(one() for _ in range(count))
+        await in_parallel(one() for _ in range(count) if not findings.late)
 
 
 async def fuzz_stage(findings: Findings, count: int, seed: int) -> None:
@@ -324,7 +331,7 @@ async def fuzz_stage(findings: Findings, count: int, seed: int) -> None:
                 findings.counts.setdefault("stage messages", Counter())["sent"] += len(messages)
                 if code not in {"OK", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}:
                     findings.fault(f"stage: {code}: {[one.hex() for one in messages]}")
-                if left <= 0:
+                if left <= 0 or findings.late:
                     break
             if stage.server.failure is not None or await stage.health() != "SERVING" or reading.done():
                 findings.fault(f"stage: it does not serve after the streams: {stage.server.failure}")
@@ -333,6 +340,8 @@ async def fuzz_stage(findings: Findings, count: int, seed: int) -> None:
             await stage.good_step()
     async with running() as stage:
         for number in range(count - 2 * round(count * 0.45)):
+            if findings.late:
+                break
             epoch = (await stage.describe()).epoch
             method, request = rng.choice(list(stage_fuzz.control_requests(epoch, stage.incarnation).items()))
             raw = (
@@ -578,7 +587,7 @@ async def fuzz_strings(findings: Findings, grpc_address: str, url: str, count: i
                 findings, "strings over HTTP", post, lambda: f"{family} {path} {headers} {body[:600]!r}", allowed
             )
 
-        await in_parallel(one(number) for number in range(count))
+        await in_parallel(one(number) for number in range(count) if not findings.late)
 
 
 # ---- the witness, and all of it ---------------------------------------------------------------------------------------
@@ -607,9 +616,12 @@ async def witness(findings: Findings, address: str) -> None:
             await asyncio.sleep(0.02)
 
 
-async def run(messages: int, strings: int, seed: int, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+async def run(
+    messages: int, strings: int, seed: int, parts: Sequence[str] = PARTS, minutes: float = math.inf
+) -> dict[str, Any]:
     """All of it, or some parts; what came out."""
-    findings, started_s, held_s = Findings(), time.monotonic(), 0.0
+    started_s, held_s = time.monotonic(), 0.0
+    findings = Findings(ends_s=started_s + 60 * minutes)
     if "stage" in parts:
         await fuzz_stage(findings, messages // 2, seed)
     stage_s = time.monotonic() - started_s
@@ -660,13 +672,14 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=50_000)
     parser.add_argument("--strings", type=int, default=10_000)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, and say how much was done")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         asyncio.run(serve())
         return
-    summary = asyncio.run(run(args.messages, args.strings, args.seed, args.parts))
+    summary = asyncio.run(run(args.messages, args.strings, args.seed, args.parts, args.minutes))
     print(json.dumps(summary, indent=2))
     sys.exit(1 if summary["faults"] else 0)
 
