@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check proto bench autoscale chaos cancels clean
+.PHONY: setup demo test check proto bench autoscale chaos cancels fuzz clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -47,6 +47,11 @@ chaos: setup
 CANCELS ?= 10000
 cancels: setup
 	$(BIN)/python -m tests.chaos.cancels --cancels $(CANCELS) --seed $(SEED)
+
+MESSAGES ?= 50000
+STRINGS ?= 10000
+fuzz: setup
+	$(BIN)/python -m tests.chaos.fuzz --messages $(MESSAGES) --strings $(STRINGS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV)
