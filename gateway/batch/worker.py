@@ -1,4 +1,4 @@
-"""Runs pending lines, oldest batch first, a bounded number at a time; retries what can succeed later."""
+"""Runs pending lines, a bounded number at a time, shared among tenants; retries what can succeed later."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import contextlib
 import logging
 import random
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from gateway.batch import store
 from gateway.batch.database import Database
 from gateway.batch.lines import LineProblem, LineRequest, is_blank, read_line
 from gateway.batch.records import line_record
+from gateway.batch.shares import Shares, Waiting
 from gateway.batch.types import Batch
 from stageline.client.backoff import Backoff
 from stageline.errors import (
@@ -57,6 +58,7 @@ class Worker:
     def __init__(self, database: Database, run: Run, *, max_concurrency: int, backoff: Backoff = BACKOFF) -> None:
         self._database, self._run, self._max_concurrency, self._backoff = database, run, max_concurrency, backoff
         self._feeds: dict[str, _Feed] = {}
+        self._shares = Shares()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._waiting_lines = self._answered_lines = self._answered_tokens = 0
@@ -112,27 +114,34 @@ class Worker:
         self._waiting_lines = sum(batch.total - batch.completed - batch.failed for batch in going)
         for gone in self._feeds.keys() - {batch.id for batch in going}:
             await self._stop_running(gone)
-        for batch in going:
-            await self._fill(batch)
+        self._shares.update({batch.tenant for batch in going})
+        await self._fill([self._feeds.setdefault(batch.id, _Feed(batch.id, batch.tenant)) for batch in going])
         expiries = [batch.expires_s - now_s for batch in going if batch.expires_s is not None]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), max(0.0, min(expiries)) if expiries else None)
 
-    async def _fill(self, batch: Batch) -> None:
-        feed = self._feeds.setdefault(batch.id, _Feed(batch.id, batch.tenant))
+    async def _fill(self, feeds: Sequence[_Feed]) -> None:
+        """Start lines while there are places for them; `feeds` in the order their batches came."""
         while sum(len(one.tasks) for one in self._feeds.values()) < self._max_concurrency:
-            if not feed.lines:
-                if feed.exhausted:
-                    return
-                page = await self._database.read(lambda c: store.pending(c, feed.id, feed.cursor))
-                feed.exhausted = not page
-                feed.cursor = page[-1][0] if page else feed.cursor
-                feed.lines.extend((number, line) for number, line in page if not is_blank(line))
-                continue
+            waiting = [Waiting(feed.id, feed.tenant) for feed in feeds if await self._has_line(feed)]
+            if not waiting:
+                return
+            running = Counter[str]()
+            for one in self._feeds.values():
+                running[one.tenant] += len(one.tasks)
+            feed = self._feeds[self._shares.next(waiting, running).batch_id]
             line = feed.lines.popleft()
             task = asyncio.create_task(self._line(feed, *line))
             feed.tasks.add(task)
             task.add_done_callback(partial(self._ended, feed, line))
+
+    async def _has_line(self, feed: _Feed) -> bool:
+        while not feed.lines and not feed.exhausted:
+            page = await self._database.read(lambda c: store.pending(c, feed.id, feed.cursor))
+            feed.exhausted = not page
+            feed.cursor = page[-1][0] if page else feed.cursor
+            feed.lines.extend((number, line) for number, line in page if not is_blank(line))
+        return bool(feed.lines)
 
     def _ended(self, feed: _Feed, line: tuple[int, bytes], task: asyncio.Task[None]) -> None:
         feed.tasks.discard(task)
@@ -156,8 +165,11 @@ class Worker:
             try:
                 body = await self._retried(lambda: self._run(read, feed.tenant, f"{batch_id}-{number}"))
                 record, ok = line_record(batch_id, number, read.custom_id, body=body), True
+                usage = body.get("usage") or {"prompt_tokens": ASSUMED_LINE_TOKENS}
+                prompt_tokens, output_tokens = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
                 self._answered_lines += 1
-                self._answered_tokens += int((body.get("usage") or {}).get("total_tokens", ASSUMED_LINE_TOKENS))
+                self._answered_tokens += prompt_tokens + output_tokens
+                self._shares.charge(feed.tenant, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
             except Exception as error:
                 typed = as_typed(error, where=f"line {number} of {batch_id}")
                 record = line_record(batch_id, number, read.custom_id, error=typed, ran=True)
