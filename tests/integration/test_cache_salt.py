@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import grpc
 import httpx
 import pytest
@@ -15,7 +17,7 @@ from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
 
 async def test_both_doors_take_a_salt() -> None:
     async with open_doors(Doors()) as doors:
-        async with httpx.AsyncClient(base_url=doors.http) as client:
+        async with httpx.AsyncClient(base_url=doors.http, headers={"content-type": "application/json"}) as client:
             for salt, status, reason in (
                 ("mine", 200, None),
                 ("é" * 128, 200, None),
@@ -27,7 +29,9 @@ async def test_both_doors_take_a_salt() -> None:
                     ("completions", {"prompt": "a"}),
                     ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
                 ):
-                    answer = await client.post(f"/v1/{path}", json={**what, "max_tokens": 1, "cache_salt": salt})
+                    answer = await client.post(
+                        f"/v1/{path}", content=json.dumps({**what, "max_tokens": 1, "cache_salt": salt})
+                    )
                     assert answer.status_code == status, answer.text
                     if reason is None:
                         assert doors.engine.requests.pop().cache_salt == salt
