@@ -91,4 +91,5 @@ class RawRequest:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
+    cache_salt: str | None = None
     names: Mapping[str, str] = field(default_factory=dict)

@@ -20,6 +20,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**64 - 1
+MAX_CACHE_SALT_BYTES = 256
 
 
 def check_served(raw: RawRequest, model: ModelInfo) -> None:
@@ -71,7 +72,21 @@ def validate(raw: RawRequest, prompt_token_ids: tuple[int, ...], model: ModelInf
         priority=whole(raw, "priority", raw.priority, 0, low=-MAX_PRIORITY, high=MAX_PRIORITY),
         deadline_s=raw.deadline_s,
         num_prompt_logprobs=_num_prompt_logprobs(raw, model),
+        cache_salt=_cache_salt(raw),
     )
+
+
+def _cache_salt(raw: RawRequest) -> str:
+    if raw.cache_salt is None:
+        return ""
+    try:
+        length = len(raw.cache_salt.encode())
+    except UnicodeEncodeError:
+        fail(raw, "cache_salt", "CACHE_SALT_INVALID", "is not Unicode: it has a lone surrogate")
+    if not 1 <= length <= MAX_CACHE_SALT_BYTES:
+        fail(raw, "cache_salt", "CACHE_SALT_OUT_OF_RANGE", f"has {length} bytes, expected 1 to {MAX_CACHE_SALT_BYTES}",
+             length=length, limit=MAX_CACHE_SALT_BYTES)  # fmt: skip
+    return raw.cache_salt
 
 
 def _num_prompt_logprobs(raw: RawRequest, model: ModelInfo) -> int | None:

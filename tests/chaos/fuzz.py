@@ -45,7 +45,7 @@ from stageline.inference.v1 import scoring_pb2
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 SERVICE = "/stageline.inference.v1.InferenceService/"
-DEADLINE_S, HANG_S = 5.0, 30.0
+DEADLINE_S, HANG_S = 5.0, 60.0  # the machine may be busy
 PARALLEL = 8
 PARTS = ("stage", "inference", "strings")
 CODES = {
@@ -318,6 +318,7 @@ async def fuzz_stage(findings: Findings, count: int, seed: int) -> None:
             epoch = await stage.start()
             results = stage.results(epoch)
             reading = asyncio.create_task(_drain(results))
+            renewing = asyncio.create_task(_renew(stage, epoch))
             streams = stage_fuzz.hostile_streams(
                 rng, epoch, count, payload, lambda: stage_fuzz.intake(stage).last_step + 1
             )
@@ -336,6 +337,7 @@ async def fuzz_stage(findings: Findings, count: int, seed: int) -> None:
             if stage.server.failure is not None or await stage.health() != "SERVING" or reading.done():
                 findings.fault(f"stage: it does not serve after the streams: {stage.server.failure}")
             reading.cancel()
+            renewing.cancel()
             results.cancel()
             await stage.good_step()
     async with running() as stage:
@@ -362,6 +364,12 @@ async def fuzz_stage(findings: Findings, count: int, seed: int) -> None:
         if stage.server.failure is not None or await stage.health() != "SERVING":
             findings.fault(f"stage: it does not serve after the control calls: {stage.server.failure}")
         await stage.good_step()
+
+
+async def _renew(stage: Any, epoch: int) -> None:
+    while True:
+        await asyncio.sleep(5.0)
+        await stage.stub.Renew(stage_fuzz.pb.RenewRequest(epoch=epoch, incarnation=stage.incarnation))
 
 
 async def _drain(results: Any) -> None:
@@ -456,7 +464,7 @@ def http_request(rng: random.Random, family: str, text: str) -> tuple[str, bytes
     if where == "raw":
         return rng.choice((chat_path, done_path, "/tokenize")), text.encode("utf-8", "surrogatepass"), headers
     if where == "header":
-        headers["x-request-id"] = "".join(one for one in text[:4000] if " " <= one <= "~")
+        headers["x-request-id"] = "".join(one for one in text[:4000] if " " <= one <= "~").strip()
     choices: dict[str, tuple[str, dict[str, Any]]] = {
         "prompt": (done_path, {**body, "prompt": text}),
         "stop": (done_path, {**done, "stop": [text]}),

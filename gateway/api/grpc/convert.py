@@ -18,7 +18,10 @@ from stageline.inference.v1 import inference_service_pb2 as pb
 
 # Our field → the path a client of the protocol knows.
 NAMES = {
-    **{name: f"generation.{name}" for name in ("model", "prompt", "request_id", "num_choices", "priority", "best_of")},
+    **{
+        name: f"generation.{name}"
+        for name in ("model", "prompt", "request_id", "num_choices", "priority", "best_of", "cache_salt")
+    },
     **{name: f"generation.conversation.{name}" for name in ("tools", "tool_choice")},
     "echo": "generation.output.echo_prompt",
     **{f"resume.{name}": f"generation.resume.{name}" for name in RawResume.__dataclass_fields__},
@@ -73,6 +76,7 @@ def raw_request(generation: gen.Generation, deadline_s: float | None) -> RawRequ
         num_logprobs=_optional(output, "num_logprobs"),
         num_prompt_logprobs=_optional(output, "num_prompt_logprobs"),
         skip_special_tokens=_optional(output, "skip_special_tokens"),
+        cache_salt=generation.cache_salt or None,
         names=NAMES,
     )
 

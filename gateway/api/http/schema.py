@@ -12,7 +12,14 @@ from pydantic import Field
 from gateway.api.http.body import Body, NoOps
 from gateway.api.http.structured import StructuredFields
 from gateway.api.raw import Prompt, RawRequest
-from gateway.api.validate import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_SEED, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from gateway.api.validate import (
+    MAX_CACHE_SALT_BYTES,
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_SEED,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from gateway.types import MAX_PRIORITY
 from stageline.errors import InvalidArgumentError
 
@@ -20,7 +27,6 @@ NAMES = {"num_choices": "n", "stop_strings": "stop", "request_id": "x-request-id
 NO_OPS: NoOps = {
     "add_special_tokens": (False, True),  # these tokenizers have none to add
     "bad_words": ([],),
-    "cache_salt": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
     "length_penalty": (1.0,),
@@ -76,6 +82,7 @@ class GenerationBody(Body, StructuredFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    cache_salt: Annotated[str | None, says(minLength=1, maxLength=MAX_CACHE_SALT_BYTES)] = None
 
     def check(self) -> None:
         """Raises InvalidArgumentError for fields that contradict each other."""
@@ -113,5 +120,6 @@ class GenerationBody(Body, StructuredFields):
             ignore_eos=self.ignore_eos,
             include_stop_string=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
+            cache_salt=self.cache_salt,
             **fields,
         )

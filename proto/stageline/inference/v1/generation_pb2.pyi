@@ -98,6 +98,7 @@ class Generation(_message.Message):
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
     BEST_OF_FIELD_NUMBER: _builtins.int
     CONSTRAINT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Optional. Name of the model; another one than the served answers NOT_FOUND."""
     text: _builtins.str
@@ -113,6 +114,10 @@ class Generation(_message.Message):
     best_of: _builtins.int
     """Optional. Generate this many choices and return the num_choices whose tokens have the highest mean log-probability.
     At least num_choices; not more than that in StreamGenerate. Default num_choices.
+    """
+    cache_salt: _builtins.str
+    """Cached prefixes are shared only among requests of one tenant with the same salt, so that how fast an answer begins tells
+    nobody else what was asked before. At most 256 bytes; a salt that cannot be guessed protects best. Default: none.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -158,10 +163,11 @@ class Generation(_message.Message):
         num_choices: _builtins.int | None = ...,
         best_of: _builtins.int | None = ...,
         constraint: Global___Constraint | None = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_of", b"_best_of", "_num_choices", b"_num_choices", "best_of", b"best_of", "constraint", b"constraint", "conversation", b"conversation", "num_choices", b"num_choices", "output", b"output", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_of", b"_best_of", "_num_choices", b"_num_choices", "best_of", b"best_of", "constraint", b"constraint", "conversation", b"conversation", "model", b"model", "num_choices", b"num_choices", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_of", b"_best_of", "_num_choices", b"_num_choices", "best_of", b"best_of", "cache_salt", b"cache_salt", "constraint", b"constraint", "conversation", b"conversation", "model", b"model", "num_choices", b"num_choices", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_of: _TypeAlias = _typing.Literal["best_of"]  # noqa: Y015
     _WhichOneofArgType__best_of: _TypeAlias = _typing.Literal["_best_of", b"_best_of"]  # noqa: Y015
