@@ -37,7 +37,7 @@ print("ready", flush=True)
 sys.stdin.read()
 """
 SERVICE = "stageline.inference.v1.InferenceService"
-START_S = 120
+START_S = 240
 
 
 @dataclass

@@ -88,7 +88,7 @@ def plain(answer: pb.GenerateResponse) -> pb.GenerateResponse:
     return copy
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)  # 20 gateways start one after another: a minute on an idle machine
 def test_twenty_kills_change_nothing(gateway, caplog):
     with Client(gateway.address) as calm:
         wanted = generations(calm)
