@@ -25,6 +25,7 @@ RAY_FILES = {"test_chat_command.py", "test_serve.py", "test_serve_config_deploys
              "test_serve_secure.py"}  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under `pytest -n`, a file's tests stay together: they share what its fixtures start."""
     for item in items:

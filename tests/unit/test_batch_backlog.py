@@ -21,7 +21,7 @@ async def test_lines_that_wait_count_as_long_as_those_that_ended(tmp_path: Path)
     free: asyncio.Queue[int] = asyncio.Queue()
 
     async def answer(*_: object) -> dict[str, Any]:
-        return {"usage": {"total_tokens": await free.get()}}
+        return {"usage": {"prompt_tokens": await free.get(), "completion_tokens": 0}}
 
     service = BatchService(
         Database(tmp_path / "state.db"), answer, max_concurrency=2, max_lines=100, max_file_bytes=1 << 20
