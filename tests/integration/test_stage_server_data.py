@@ -228,7 +228,8 @@ async def test_steps_before_connect_are_refused_and_not_executed(layers: tuple[i
     async with running(layers) as stage:
         epoch = (await stage.claim()).epoch
         forward = stage.forward(epoch)
-        await push(forward, epoch, [step(number) for number in range(1, 20)])
+        # Few: a client that still writes when the stream is reset may hear INTERNAL from gRPC itself.
+        await push(forward, epoch, [step(number) for number in range(1, 3)])
         assert await refusal(forward) == ("FAILED_PRECONDITION", "NOT_CONNECTED")
         assert await refusal(stage.results(epoch).read()) == ("FAILED_PRECONDITION", "NOT_CONNECTED")
         assert stage.runner.executed == []
