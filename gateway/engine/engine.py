@@ -17,6 +17,7 @@ from gateway.engine.invariants import EngineState, find_leaks
 from gateway.engine.keeper import Keeper
 from gateway.engine.lane import Lane, deadline_exceeded
 from gateway.engine.settings import EngineSettings
+from gateway.engine.status import pipeline_status
 from gateway.engine.track import Scores, Track, num_tracks
 from gateway.metrics import Metrics
 from gateway.pipelines.discovery import Registry
@@ -101,7 +102,7 @@ class Engine:
 
     def pipelines(self) -> tuple[PipelineStatus, ...]:
         """For `stageline status`."""
-        return tuple(lane.status() for lane in self._keeper.lanes)
+        return tuple(pipeline_status(lane) for lane in self._keeper.lanes)
 
     def spares(self) -> tuple[ReplicaStatus, ...]:
         """Replicas in no pipeline."""

@@ -15,9 +15,10 @@ from gateway.engine.canary import keep_proving, prove
 from gateway.engine.choice import ChoiceState
 from gateway.engine.deltas import Deltas
 from gateway.engine.drain import Action, Situation, choose, reopen_wait_s, stays
-from gateway.engine.lane import Lane, replica_status
+from gateway.engine.lane import Lane
 from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings
+from gateway.engine.status import replica_status
 from gateway.engine.watch import StepFeed
 from gateway.metrics import Metrics
 from gateway.pipelines.discovery import Registry, ReplicaRecord, describe, new_owner_id
@@ -98,11 +99,9 @@ class Keeper:
         self._membership = asyncio.Event()
         self.notify()
         known = {record.incarnation for record in self._registry.replicas()}
-        in_use = {
-            stage.incarnation for lane in self.lanes for stage in lane.stages
-        }  # Serve lists no replica that drains
-        self._suspects = {name: until for name, until in self._suspects.items() if name in known | in_use}
-        self._drain_ends = {name: end for name, end in self._drain_ends.items() if name in known | in_use}
+        known |= {stage.incarnation for lane in self.lanes for stage in lane.stages}  # Serve lists none that drains
+        self._suspects = {name: until for name, until in self._suspects.items() if name in known}
+        self._drain_ends = {name: end for name, end in self._drain_ends.items() if name in known}
         waiting = sum(not lane.stages for lane in self.lanes)
         chains, _ = chain(self._free(None), self._fingerprint)
         for _ in range(min(len(chains) - waiting, self._num_allowed() - len(self.lanes))):
@@ -164,9 +163,8 @@ class Keeper:
                 logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch)
                 await self._until_over(lane, pipeline)
             except StagelineError as error:
-                level = (
-                    logging.INFO if error.reason == "STAGE_CLAIMED" else logging.WARNING
-                )  # another gateway was first
+                # Claimed: another gateway was first, which is no trouble.
+                level = logging.INFO if error.reason == "STAGE_CLAIMED" else logging.WARNING
                 logger.log(level, "pipeline %s: %s: %s", lane.name, error.reason, error.message)
             except Exception:  # a bug of ours must not end the lane and everything in it
                 logger.exception("pipeline %s: unexpected error", lane.name)
@@ -189,9 +187,8 @@ class Keeper:
             lane.stages = ()
             self.notify()
             # A change of membership ends the wait, unless pipelines that were opened broke at once.
-            delay_s = restarts.delay_s * random.uniform(
-                0.5, 1.0
-            )  # gateways that refuse each other must not do so in step
+            # Gateways that refuse each other must not do so in step.
+            delay_s = restarts.delay_s * random.uniform(0.5, 1.0)
             if restarts.num_fruitless > 1:
                 await asyncio.sleep(delay_s)
             else:

@@ -16,12 +16,10 @@ from gateway.engine.track import Track
 from gateway.engine.watch import StepFeed, describe_step
 from gateway.grammar import Outbox
 from gateway.metrics import Metrics
-from gateway.pipelines.discovery import ReplicaRecord
 from gateway.pipelines.form import Chain
 from gateway.pipelines.pipeline import Pipeline
 from gateway.sampling import Choice, choose_rows
 from gateway.scheduler import PROBE_PRIORITY, MicroBatch, Scheduler, Sequence, StepTiming, check_integrity
-from gateway.types import PipelineStatus, ReplicaStatus
 from stageline.errors import (
     DeadlineExceededError,
     InternalError,
@@ -256,28 +254,6 @@ class Lane:
             if choice.ended:  # its grammar failed
                 self._drop(choice)
 
-    def status(self) -> PipelineStatus:
-        """For `stageline status`."""
-        scheduler = self.scheduler
-        return PipelineStatus(
-            id=self.name,
-            epoch=self.pipeline.epoch if self.pipeline else 0,
-            state=self._shown_state(),
-            stages=tuple(replica_status(stage, "connected" if self.pipeline else "claimed") for stage in self.stages),
-            num_blocks=self.pipeline.num_blocks if self.pipeline else 0,
-            num_free_blocks=scheduler.num_free_blocks if scheduler else 0,
-            num_running_sequences=scheduler.num_running if scheduler else 0,
-            num_waiting_sequences=scheduler.num_waiting if scheduler else 0,
-            num_waiting_tokens=scheduler.num_waiting_tokens if scheduler else 0,
-            num_preemptions=scheduler.num_preemptions if scheduler else 0,
-            num_recoveries=self.num_recoveries,
-        )
-
-    def _shown_state(self) -> str:
-        if self.state != "ready":
-            return self.state
-        return "stalled" if not self.moving else "draining" if self.draining else "ready"
-
     def holdings(self) -> LaneState:
         """For the check of an idle engine."""
         return LaneState(
@@ -404,14 +380,3 @@ def _result(results: Mapping[int, pb.RowResult], sequence_id: int) -> pb.RowResu
     if sequence_id not in results:
         raise InternalError("RESULT_MISSING", "the last stage answered a step without one of its rows")
     return results[sequence_id]
-
-
-def replica_status(record: ReplicaRecord, state: str) -> ReplicaStatus:
-    """A replica as `stageline status` shows it."""
-    return ReplicaStatus(
-        pid=record.pid,
-        node=record.node,
-        address=record.address,
-        state=state,
-        layers=f"{record.start_layer}-{record.end_layer}",
-    )

@@ -7,8 +7,8 @@ container. No torch here.
 
 The memory is a memfd: it has no name, so whatever dies at whatever moment, the kernel frees it with the last mapping, and
 the size of /dev/shm does not matter. It is sealed against shrinking, so that no peer can make the other's reads fault.
-It takes memory as it is used, page by page (huge ones where the system has them). A ring belongs to one stream, thus to one epoch: an owner that was fenced
-writes into memory that nobody reads any more.
+It takes memory as it is used, page by page (huge ones where the system has them). A ring belongs to one stream, thus to
+one epoch: an owner that was fenced writes into memory that nobody reads any more.
 
     offset 0     16 bytes  the sender's token
     offset 16    16 bytes  the receiver's token
