@@ -78,16 +78,17 @@ def recovery(gpu: str) -> Iterator[str]:
         "| live tokens | sequences | link | software | way | pause p50 | pause, last sequence | kept a token | sent a token |"
     )
     yield "|" + "---|" * 9
-    for tokens, context in ((8192, 2048), (131072, 2048), (131072, 32768), (409600, 2048)):
+    for groups in (((4, 2048),), ((64, 2048),), ((4, 32768),), ((2, 32768), (32, 2048)), ((200, 2048),)):
         for gbps, software in ((10, 0.95), (25, 0.95), (25, 3.0), (100, 0.95), (100, 9.0)):
             one = scenario(4, 1, 1, gbps, gpu)
             link = Link(bytes_per_s=gbps * 1e9 / 8, software_bytes_per_s=software * 1e9)
             request = Request(model=MODEL, config=one.request.config, gpus=one.request.gpus, link=link)
-            lengths = [context] * (tokens // context)
+            lengths = [context for number, context in groups for _ in range(number)]
+            sequences = " + ".join(f"{number} × {context:,}" for number, context in groups)
             for way in recoveries(Scenario(request=request, plan=one.plan), lengths, lost_stage=1):
                 pause = percentiles(way.pauses_s)
                 yield (
-                    f"| {tokens:,} | {len(lengths)} × {context:,} | {gbps} Gb/s | {software} GB/s | {way.strategy} | "
+                    f"| {sum(lengths):,} | {sequences} | {gbps} Gb/s | {software} GB/s | {way.strategy} | "
                     f"{pause['p50']:.1f} s | {pause['max']:.1f} s | {way.kept_bytes_per_token:,} B | {way.sent_bytes_per_token:,} B |"
                 )
 

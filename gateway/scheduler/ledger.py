@@ -89,7 +89,10 @@ class Ledger:
         sequence.arrival = self._num_added
         self._num_added += 1
         self._sequences[sequence.sequence_id] = sequence
-        self._waiting.push(sequence)
+        if sequence.resumed:
+            self._queue_again(sequence)
+        else:
+            self._waiting.push(sequence)
         if sequence.request_key is not None:
             self._by_request.setdefault(sequence.request_key, {})[sequence.sequence_id] = sequence
         if sequence.run_alone:
@@ -274,8 +277,8 @@ class Ledger:
     def reset(self, num_blocks: int) -> tuple[Sequence, ...]:
         """A new epoch with `num_blocks` empty blocks: nothing is in flight or cached, step ids restart from 1.
 
-        All sequences wait to be computed again, those that ran first. Those that cannot fit `num_blocks` are finished and
-        returned.
+        All sequences wait to be computed again, those that ran first, and of these the shortest: so most of them go on
+        soonest. Those that cannot fit `num_blocks` are finished and returned.
         """
         self._pool = BlockPool(num_blocks)
         self._in_flight.clear()
@@ -284,15 +287,22 @@ class Ledger:
         self._last_step_id = 0
         self._prefilling.clear()
         self._ready.clear()
+        for sequence in [sequence for sequence in self._waiting if sequence.resumed]:
+            self._waiting.remove(sequence)
+            self._queue_again(sequence)
         for sequence in self._running.values():
             sequence.forget_cache()
-            self._waiting.push(sequence)
+            self._queue_again(sequence)
         self._running.clear()
         self._released.clear()  # stages forget all sequences of an older epoch
         too_long = tuple(sequence for sequence in self._sequences.values() if not self._fits(sequence))
         for sequence in too_long:
             self.finish(sequence.sequence_id)
         return too_long
+
+    def _queue_again(self, sequence: Sequence) -> None:
+        sequence.rebuild_tokens = sequence.num_tokens
+        self._waiting.push(sequence)
 
     def _request_of(self, sequence: Sequence) -> Collection[Sequence]:
         """The live sequences of its request."""

@@ -225,6 +225,7 @@ class Scheduler(Ledger):
         self._waiting.serve(sequence)
         self._start_running(sequence, array("i", shared + self._pool.allocate(num_new)), len(shared))
         sequence.first_run, sequence.resumed = not sequence.resumed, True
+        sequence.rebuild_tokens = 0
         self._skip(sequence, len(shared) * self.block_size_tokens)
         if sequence.first_run:
             self._waiting.counters.charge(

@@ -55,6 +55,8 @@ class Sequence:
     resumed: bool = False
     """It ran before, here or elsewhere, so it goes before those of its priority that never ran."""
 
+    rebuild_tokens: int = 0
+    """While it waits because its pipeline was lost or left: how many tokens are computed again; else 0."""
     arrival: int = -1
     """Number of the `Scheduler.add` call, from 0; -1 before it."""
     finished: bool = False

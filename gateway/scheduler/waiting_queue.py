@@ -18,7 +18,7 @@ Allowed = Callable[[Sequence], bool]
 class _Level:
     """Waiting sequences of one priority."""
 
-    resumed: list[Sequence] = field(default_factory=list)  # by rank
+    resumed: list[Sequence] = field(default_factory=list)  # by _place
     tenants: dict[str, deque[Sequence]] = field(default_factory=dict)  # by arrival; no empty one
     order: list[tuple[float, int, str]] = field(default_factory=list)
     """A heap of (counter, arrival of the head, tenant), one entry for each tenant in `ordered`. Both numbers only grow, so
@@ -57,8 +57,9 @@ class _Level:
 
 
 class WaitingQueue:
-    """Service order: priority; then sequences that ran before, by `Sequence.rank`; then the tenant that was served least,
-    and of its sequences the one that came first.
+    """Service order: priority; then sequences that ran before: those that were preempted, by `Sequence.rank`, then those
+    whose pipeline was lost, the shortest first; then the tenant that was served least, and of its sequences the one that
+    came first.
 
     Nobody starves. After `PRIORITY_HEAD_START` sequences of higher priority were served before a level, one of that level
     is. Within a level, the sequences that ran before are finitely many, and tenants overtake another one only until their
@@ -87,7 +88,7 @@ class WaitingQueue:
         """Put a sequence at its place. One that never ran (not `resumed`) comes after all others of its tenant."""
         level = self._levels.setdefault(sequence.priority, _Level())
         if sequence.resumed:
-            insort(level.resumed, sequence, key=_rank)
+            insort(level.resumed, sequence, key=_place)
         else:
             tenant = sequence.tenant
             if tenant not in self._num_waiting_by_tenant:
@@ -121,7 +122,7 @@ class WaitingQueue:
         """Take a given sequence, which must be here."""
         level = self._levels[sequence.priority]
         if sequence.resumed:
-            index = bisect_left(level.resumed, sequence.rank, key=_rank)
+            index = bisect_left(level.resumed, _place(sequence), key=_place)
             assert level.resumed[index] is sequence
             del level.resumed[index]
         else:
@@ -143,5 +144,5 @@ class WaitingQueue:
         return late + [self._levels[priority] for priority in sorted(self._levels, reverse=True)]
 
 
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    return sequence.rank
+def _place(sequence: Sequence) -> tuple[int, tuple[int, int]]:
+    return sequence.rebuild_tokens, sequence.rank

@@ -166,6 +166,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
     @rule()
     def send(self) -> None:
         preemptions = self.scheduler.num_preemptions
+        rebuilt = {id_: sequence.rebuild_tokens for id_, sequence in self.live.items()}
         step = self.scheduler.schedule()
         if step is None:
             full = len(self.flying) >= self.scheduler.max_in_flight
@@ -173,7 +174,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
             return
         self.check(step)
         if self.scheduler.num_preemptions == preemptions:
-            self.check_admission_order(step)
+            self.check_admission_order(step, rebuilt)
         self.check_alone(step)
         self.ran_before = {id_ for id_, sequence in self.live.items() if sequence.resumed}
         self.waiting_ids = {id_ for id_, sequence in self.live.items() if not sequence.block_table}
@@ -228,8 +229,9 @@ class SimulatedPipeline(RuleBasedStateMachine):
         aligned = sum(a == b for a, b in zip(row.block_table, other.block_table, strict=False))
         assert aligned == len(set(row.block_table) & set(other.block_table)), "reused while in flight"
 
-    def check_admission_order(self, step: MicroBatch) -> None:
-        """By priority; those that ran before the others; those of one tenant in the order they came."""
+    def check_admission_order(self, step: MicroBatch, rebuilt: dict[int, int]) -> None:
+        """By priority; those that ran before the others, those that are rebuilt by length; of one tenant in the order they came.
+        `rebuilt`: tokens that each was to compute again before the step was scheduled."""
         admitted = {row.sequence.sequence_id for row in step.rows} & self.waiting_ids
         for early in admitted:
             for late in self.waiting_ids - admitted:
@@ -241,7 +243,9 @@ class SimulatedPipeline(RuleBasedStateMachine):
                 assert first.priority >= second.priority
                 if first.priority == second.priority:
                     assert early in self.ran_before or late not in self.ran_before
-                    if (early in self.ran_before) == (late in self.ran_before) and first.tenant == second.tenant:
+                    if early in self.ran_before and late in self.ran_before:
+                        assert (rebuilt[early], first.arrival) < (rebuilt[late], second.arrival)
+                    elif early not in self.ran_before and late not in self.ran_before and first.tenant == second.tenant:
                         assert first.arrival < second.arrival
 
     def is_being_computed(self, sequence: Sequence, step: MicroBatch) -> bool:

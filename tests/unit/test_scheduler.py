@@ -322,6 +322,20 @@ def test_a_new_epoch_computes_everything_again_in_the_old_order() -> None:
     assert all(row.needs_registration for row in step.rows)
 
 
+def test_a_new_epoch_and_another_pipeline_compute_the_shortest_first() -> None:
+    scheduler = make_scheduler(max_in_flight=1)
+    lengths = {0: 40, 1: 8, 2: 24, 3: 8}
+    for sequence_id, num_prompt in lengths.items():
+        scheduler.add(make_sequence(sequence_id, num_prompt=num_prompt))
+    complete(scheduler, scheduler.schedule() or pytest.fail("nothing to do"))
+    scheduler.reset(num_blocks=1000)
+    scheduler.add(make_sequence(4, num_prompt=16, resumed=True))  # it comes from a pipeline that was lost
+    scheduler.add(make_sequence(5, num_prompt=3))
+    step = scheduler.schedule()
+    assert step is not None
+    assert [row.sequence.sequence_id for row in step.rows] == [1, 3, 4, 2, 0, 5], "those that never ran come last"
+
+
 def test_a_new_epoch_releases_nothing_of_the_old_one() -> None:
     scheduler = decoding(2)
     scheduler.finish(0)
