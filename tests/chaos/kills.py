@@ -168,7 +168,8 @@ class Killer:
             self.pauses_s.append(pause_s)
             for layers, phase, pid in chosen:
                 print(json.dumps({"time": round(time.time(), 2), "pid": pid, "stage": layers, "phase": phase,
-                                  "pause_s": round(pause_s, 2), "tokens_recomputed": recomputed}), flush=True)  # fmt: skip
+                                  "pause_s": round(pause_s, 2), "tokens_recomputed": recomputed,
+                                  "tokens_compared": self.load.num_tokens}), flush=True)  # fmt: skip
 
     def stages(self) -> list[tuple[str, str, int]]:
         """Layers, state of the pipeline and pid of every stage in a pipeline, if the process still runs."""
