@@ -57,7 +57,7 @@ class StageSpec:
     host: str = "127.0.0.1"
     port: int = 0
     revision: str | None = None
-    queue_depth_steps: int = 8
+    queue_depth_steps: int = 32
     stall_timeout_s: float = 120.0
     drain_timeout_s: float = 20.0
     certificate_file: str | None = None

@@ -56,7 +56,7 @@ class StageServer(pb_grpc.StageServiceServicer):
         *,
         fingerprint: str,
         kv_capacity_blocks: int,
-        queue_depth_steps: int = 8,
+        queue_depth_steps: int = 32,
         shared_memory_bytes: int = DEFAULT_SHARED_MEMORY_BYTES,
     ) -> None:
         """Of `shared_memory_bytes` is the ring to a next stage on this host; 0 neither offers nor takes one."""
