@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.report import here
+from benchmarks.report import about, options
 from benchmarks.servers import serving_doors
 from gateway.bench.load import Generator, Outcome, Shape
 from gateway.bench.measure import checked, percentiles
@@ -136,9 +135,7 @@ async def measure(url: str, address: str, folder: Path, args: argparse.Namespace
 
 def main() -> int:
     """Serve, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout")
-    parser.add_argument("--stages", type=int, default=1)
+    parser = options(__doc__)
     parser.add_argument("--lines", type=int, default=20_000, help="of the batch with kills")
     parser.add_argument("--calm-lines", type=int, default=1_000, help="of the other batches")
     parser.add_argument("--kills", type=int, default=10)
@@ -153,8 +150,7 @@ def main() -> int:
         flags = [f"--batch.state-url=sqlite:///{folder}/state.db", f"--batch.max-concurrency={args.concurrency}"]
         with serving_doors(args.model, args.stages, *flags) as (url, address):
             figures = asyncio.run(measure(url, address, Path(folder), args))
-    about = {"model": os.path.basename(os.path.normpath(args.model)), "stages": args.stages, "lines": args.lines}
-    print(json.dumps({"what": "batch", **about, **here(), **figures}, indent=2))
+    print(json.dumps({**about("batch", args), "lines": args.lines, **figures}, indent=2))
     return 0
 
 

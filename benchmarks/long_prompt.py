@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import sys
 import time
 
-from benchmarks.report import here
+from benchmarks.report import about, options
 from benchmarks.servers import serving
 from gateway.bench.load import Generator, Outcome, Shape
 
@@ -67,9 +66,7 @@ async def measure(address: str, args: argparse.Namespace) -> list[dict[str, floa
 
 def main() -> int:
     """Serve, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout")
-    parser.add_argument("--stages", type=int, default=1)
+    parser = options(__doc__)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--long-tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
@@ -78,10 +75,7 @@ def main() -> int:
         runs = asyncio.run(measure(address, args))
     middle = {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
     report = {
-        "what": f"{args.long_tokens} prompt tokens arrive beside {args.streams} streams",
-        "model": os.path.basename(os.path.normpath(args.model)),
-        "stages": args.stages,
-        **here(),
+        **about(f"{args.long_tokens} prompt tokens arrive beside {args.streams} streams", args),
         **middle,
         "itl_p99_over_p50_before": round(
             statistics.median(run["itl_meanwhile_p99_s"] / run["itl_before_p50_s"] for run in runs), 2

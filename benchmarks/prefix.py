@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import sys
 
-from benchmarks.report import here
+from benchmarks.report import about, options
 from benchmarks.servers import serving
 from gateway.bench.load import Generator, Shape
 from gateway.bench.measure import checked
@@ -33,9 +32,7 @@ async def measure(address: str, args: argparse.Namespace) -> list[tuple[float, f
 
 def main() -> int:
     """Serve, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout")
-    parser.add_argument("--stages", type=int, default=1)
+    parser = options(__doc__)
     parser.add_argument("--prefix-tokens", type=int, default=1024)
     parser.add_argument("--own-tokens", type=int, default=32, help="of each prompt after the prefix")
     parser.add_argument("--repeats", type=int, default=5)
@@ -43,10 +40,7 @@ def main() -> int:
     with serving(args.model, args.stages) as address:
         runs = asyncio.run(measure(address, args))
     report = {
-        "what": f"time to first token of two prompts that share {args.prefix_tokens} tokens",
-        "model": os.path.basename(os.path.normpath(args.model)),
-        "stages": args.stages,
-        **here(),
+        **about(f"time to first token of two prompts that share {args.prefix_tokens} tokens", args),
         "first_s": round(statistics.median(first for first, _ in runs), 4),
         "second_s": round(statistics.median(second for _, second in runs), 4),
         "ratio": round(statistics.median(second / first for first, second in runs), 3),

@@ -1,10 +1,25 @@
-"""What every figure needs beside it: the machine and the commit."""
+"""What benchmarks have in common: their options, and what every figure needs beside it."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with `--model` and `--stages`, for `about`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout")
+    parser.add_argument("--stages", type=int, default=1)
+    return parser
+
+
+def about(what: str, args: argparse.Namespace) -> dict[str, object]:
+    """The beginning of a report: what was measured, of which model, where."""
+    model = os.path.basename(os.path.normpath(args.model))
+    return {"what": what, "model": model, "stages": args.stages, **here()}
 
 
 def here() -> dict[str, str]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 from typing import Any
 
-from benchmarks.report import here
+from benchmarks.report import about, options
 from benchmarks.servers import serving as server
 from gateway.bench.load import Generator, Shape
 from gateway.bench.measure import serving, throughput
@@ -32,9 +31,7 @@ async def measure(address: str, args: argparse.Namespace) -> list[dict[str, Any]
 
 def main() -> int:
     """Serve, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout")
-    parser.add_argument("--stages", type=int, default=1)
+    parser = options(__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="requests a second")
     parser.add_argument("--requests", type=int, default=40, help="at each rate")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="of the longest prompt")
@@ -51,11 +48,8 @@ def main() -> int:
             f"| {itl['p50']}, {itl['p99']} | {run['failed']} |"
         )
     report = {
-        "what": "conversation-like lengths (log-normal), Poisson arrivals",
-        "model": os.path.basename(os.path.normpath(args.model)),
+        **about("conversation-like lengths (log-normal), Poisson arrivals", args),
         "longest": [args.prompt_tokens, args.new_tokens],
-        "stages": args.stages,
-        **here(),
         "rates": runs,
     }
     print(json.dumps(report))

@@ -10,15 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from process_nursery import Nursery, ToyGateway, nursery
+from process_nursery import ToyGateway
 
 from gateway.cli import main
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Nursery]:
-    with nursery() as children:
-        yield children
 
 
 @pytest.fixture

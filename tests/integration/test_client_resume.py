@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from engine_helpers import byte_tokenizer
-from process_nursery import Nursery, ToyGateway, nursery
+from process_nursery import ToyGateway
 
 from stageline.client import AsyncClient, Backoff, ChannelOptions, Client
 from stageline.errors import (
@@ -26,12 +26,6 @@ from stageline.inference.v1 import inference_service_pb2 as pb
 
 QUICK = Backoff(initial_s=0.05, max_s=0.3)
 NUM_KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Nursery]:
-    with nursery() as children:
-        yield children
 
 
 @pytest.fixture

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from engine_helpers import NUM_LAYERS, expected_tokens
-from process_nursery import Nursery, nursery
 
 from stageline.client import AsyncClient, Backoff
 from stageline.errors import StagelineError
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
+from tests.ports import free_ports
 
 LAYERS = ((0, 2), (2, NUM_LAYERS))
 SETTINGS = {"lease_s": 1.0, "canary_interval_s": 1.0}
@@ -27,24 +26,10 @@ QUICK = Backoff(initial_s=0.02, max_s=0.2)
 NUM_STREAMS = 8
 
 
-@pytest.fixture(scope="module")
-def children() -> Iterator[Nursery]:
-    with nursery() as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
 def _clean(children) -> Iterator[None]:
     yield
     children.kill_all()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def gone(process: dict) -> bool:

@@ -22,18 +22,11 @@ from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.parity.test_model import reference
+from tests.ports import free_ports
 from tests.tiny import save_tiny, tiny_model
 
 PROMPT = [5, 77, 300, 12, 9, 9, 41]
 ENV = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def script(name: str, *args: str) -> list[str]:

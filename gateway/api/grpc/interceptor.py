@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -13,43 +13,31 @@ from grpc_status import rpc_status
 
 from gateway.api import request_id
 from gateway.api.errors import as_typed
+from gateway.api.grpc.around import Around, Handler
 from gateway.api.stalled import watched
 from stageline.errors import InvalidArgumentError
 from stageline.grpc_errors import to_status
 
-Handler = Any  # grpc.RpcMethodHandler, which the stubs describe for the synchronous server only
-
-if TYPE_CHECKING:  # generic in the stubs, not when it runs
-    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
-else:
-    _Interceptor = grpc.aio.ServerInterceptor
-
-
 COMPRESS_BYTES = 16 * 1024  # answers this long are worth gzip; a stream's messages never are
 
 
-class TypedErrors(_Interceptor):
-    """Wraps the methods of the services named; the others (health, reflection) pass untouched."""
+class TypedErrors(Around):
+    """Every error a method raises becomes a rich status, every generator is closed with its call."""
 
     def __init__(self, services: tuple[str, ...], write_timeout_s: float = 600.0) -> None:
         """`write_timeout_s`: how long one message of a stream may wait for its reader."""
+        super().__init__(services)
         self._write_timeout_s = write_timeout_s
-        self._prefixes = tuple(f"/{service}/" for service in services)
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
-        """See grpc.aio.ServerInterceptor."""
-        handler = await continuation(details)
-        if handler is None or not details.method.startswith(self._prefixes):
-            return handler
+    def wrapped(self, handler: Handler, method: str) -> Handler:
+        """See Around."""
         wrap = {"request_deserializer": _tolerant(handler.request_deserializer)}
         wrap["response_serializer"] = handler.response_serializer
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _stream(handler.unary_stream, details.method, self._write_timeout_s), **wrap
+                _stream(handler.unary_stream, method, self._write_timeout_s), **wrap
             )
-        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, details.method), **wrap)
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, method), **wrap)
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -10,37 +10,29 @@ import grpc
 
 from gateway.access import visit as visits
 from gateway.api import request_id
+from gateway.api.grpc.around import Around, Handler
 
-if TYPE_CHECKING:  # generic in the stubs, not when it runs
+if TYPE_CHECKING:
     from gateway.tracing.spans import Tracing
 
-    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
-else:
-    _Interceptor = grpc.aio.ServerInterceptor
-
-Handler = Any  # grpc.RpcMethodHandler, which the stubs describe for the synchronous server only
 OPERATIONS = {"Generate": "generate_content", "StreamGenerate": "generate_content", "Score": "score"}
 
 
-class Traced(_Interceptor):
-    """Around the methods of the services named; between `Door` and `TypedErrors`."""
+class Traced(Around):
+    """A span for every call; between `Door` and `TypedErrors`."""
 
     def __init__(self, tracing: Tracing, services: tuple[str, ...]) -> None:
-        self._tracing, self._prefixes = tracing, tuple(f"/{service}/" for service in services)
+        super().__init__(services)
+        self._tracing = tracing
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
-        """See grpc.aio.ServerInterceptor."""
-        handler = await continuation(details)
-        if handler is None or not details.method.startswith(self._prefixes):
-            return handler
+    def wrapped(self, handler: Handler, method: str) -> Handler:
+        """See Around."""
         inner = handler.unary_stream if handler.response_streaming else handler.unary_unary
         make = (
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
         )
         return make(
-            self._around(inner, details.method),
+            self._around(inner, method),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
