@@ -122,18 +122,21 @@ class Worker:
 
     async def _fill(self, feeds: Sequence[_Feed]) -> None:
         """Start lines while there are places for them; `feeds` in the order their batches came."""
-        while sum(len(one.tasks) for one in self._feeds.values()) < self._max_concurrency:
-            waiting = [Waiting(feed.id, feed.tenant) for feed in feeds if await self._has_line(feed)]
-            if not waiting:
-                return
-            running = Counter[str]()
-            for one in self._feeds.values():
-                running[one.tenant] += len(one.tasks)
-            feed = self._feeds[self._shares.next(waiting, running).batch_id]
+        running = Counter[str]()
+        for feed in self._feeds.values():
+            running[feed.tenant] += len(feed.tasks)
+        waiting = [Waiting(feed.id, feed.tenant) for feed in feeds if await self._has_line(feed)]
+        # Lines that end meanwhile wake the next round.
+        while waiting and running.total() < self._max_concurrency:
+            chosen = self._shares.next(waiting, running)
+            feed = self._feeds[chosen.batch_id]
             line = feed.lines.popleft()
             task = asyncio.create_task(self._line(feed, *line))
             feed.tasks.add(task)
             task.add_done_callback(partial(self._ended, feed, line))
+            running[feed.tenant] += 1
+            if not await self._has_line(feed):
+                waiting.remove(chosen)
 
     async def _has_line(self, feed: _Feed) -> bool:
         while not feed.lines and not feed.exhausted:

@@ -7,11 +7,9 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from engine_helpers import byte_tokenizer
-from process_nursery import ToyGateway
 
 from stageline.client import AsyncClient, Backoff, ChannelOptions, Client
 from stageline.errors import (
@@ -26,12 +24,6 @@ from stageline.inference.v1 import inference_service_pb2 as pb
 
 QUICK = Backoff(initial_s=0.05, max_s=0.3)
 NUM_KILLS = 20
-
-
-@pytest.fixture
-def gateway(children) -> Iterator[ToyGateway]:
-    with children.toy_gateway() as gateway:
-        yield gateway
 
 
 def asked(prompt: list[int], **fields) -> gen.Generation:

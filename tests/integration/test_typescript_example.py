@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from process_nursery import ToyGateway
-from test_client_resume import children, gateway  # noqa: F401  (fixtures)
 
 from stageline.client import Client
 from stageline.inference.v1 import generation_pb2 as gen
@@ -60,7 +59,7 @@ def expected(address: str) -> str:
         return client.generate(what).choices[0].text
 
 
-def test_it_streams_the_answer_and_goes_on_after_the_gateway_died(program: Path, gateway: ToyGateway) -> None:  # noqa: F811
+def test_it_streams_the_answer_and_goes_on_after_the_gateway_died(program: Path, gateway: ToyGateway) -> None:
     answer = expected(gateway.address)
     calm = started(program, gateway.address)
     out, err = calm.communicate(timeout=60)
@@ -79,7 +78,7 @@ def test_it_streams_the_answer_and_goes_on_after_the_gateway_died(program: Path,
     assert b"[UNAVAILABLE; " in err
 
 
-def test_it_says_why_it_was_refused_and_keeps_its_deadline(program: Path, gateway: ToyGateway) -> None:  # noqa: F811
+def test_it_says_why_it_was_refused_and_keeps_its_deadline(program: Path, gateway: ToyGateway) -> None:
     refused = started(program, gateway.address, STAGELINE_MAX_TOKENS=100_000)
     late = started(program, gateway.address, STAGELINE_TIMEOUT_MS=150)
     gone = started(program, "127.0.0.1:9", STAGELINE_TIMEOUT_MS=600)
