@@ -21,7 +21,11 @@ logger = logging.getLogger("stageline.gateway")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaRecord:
-    """One stage replica: where it listens and what it holds."""
+    """One stage replica: where it listens and what it holds.
+
+    A `bindable` one can be bound to any stage that fits into its `memory_bytes`; unbound it holds layers [0, 0), also
+    while it is `loading`.
+    """
 
     address: str
     incarnation: str
@@ -31,6 +35,14 @@ class ReplicaRecord:
     num_layers: int
     pid: int = 0
     node: str = ""
+    bindable: bool = False
+    loading: bool = False
+    memory_bytes: int = 0
+
+    @property
+    def bound(self) -> bool:
+        """Whether it holds a stage."""
+        return self.end_layer > self.start_layer
 
 
 class Registry:
