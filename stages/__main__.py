@@ -1,4 +1,5 @@
-"""Serve one stage without Ray: `python -m stages --model M --layers 0-12 --port 7001`."""
+"""Serve one stage without Ray: `python -m stages --model M --layers 0-12 --port 7001`; with `--layers any` a spare that a
+gateway binds to any stage."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
 from stages.partition import parse_layer_ranges
 from stages.spec import DEFAULT_SHARED_MEMORY_BYTES, DEVICES, DTYPE_NAMES, HIDDEN_DTYPES, QUANTIZATIONS, StageSpec
 
+UNBOUND = "any"
+
 
 def _choices(names: tuple[str, ...]) -> str:
     return "{" + ",".join(names) + "}"
@@ -20,7 +23,9 @@ def _choices(names: tuple[str, ...]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder in the Hugging Face layout, .gguf file, or hub id")
-    parser.add_argument("--layers", required=True, help="half-open range of decoder layers, such as 0-12")
+    parser.add_argument(
+        "--layers", required=True, help="half-open range of decoder layers, such as 0-12; any: an unbound spare"
+    )
     parser.add_argument("--port", type=int, required=True, help="port to listen on; 0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--dtype", default="bfloat16", metavar=_choices(DTYPE_NAMES))
@@ -63,12 +68,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _spec(args: argparse.Namespace) -> StageSpec:
     """Raises ConfigError; takes no second, because torch is not loaded yet."""
-    ranges = parse_layer_ranges(args.layers)
-    if len(ranges) != 1:
-        raise ConfigError("LAYERS_NOT_RANGES", f"--layers takes one range, got {args.layers}", field="layers")
     values = {key: value for key, value in vars(args).items() if key != "layers"}
     if args.block_size_tokens is None:
         values["block_size_tokens"] = 256 if args.device == "cuda" else 16
+    if args.layers == UNBOUND:
+        return StageSpec(start_layer=None, end_layer=None, **values)
+    ranges = parse_layer_ranges(args.layers)
+    if len(ranges) != 1:
+        raise ConfigError("LAYERS_NOT_RANGES", f"--layers takes one range, got {args.layers}", field="layers")
     return StageSpec(start_layer=ranges[0].start_layer, end_layer=ranges[0].end_layer, **values)
 
 
@@ -81,7 +88,7 @@ async def _serve(spec: StageSpec) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, lambda: (now if stop.is_set() else stop).set())
     await replica.start()
-    print(f"ready grpc://{replica.address} layers {spec.start_layer}-{spec.end_layer}", flush=True)
+    print(f"ready grpc://{replica.address} layers {spec.layers or UNBOUND}", flush=True)
     await stop.wait()
     draining, hurry = asyncio.create_task(replica.drain()), asyncio.create_task(now.wait())
     await asyncio.wait({draining, hurry}, return_when=asyncio.FIRST_COMPLETED)

@@ -7,6 +7,7 @@ from typing import Any
 
 from stageline.errors import ConfigError
 from stages.config_values import MAX_LAYERS
+from stages.partition import LayerRange
 
 DTYPE_NAMES = ("float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int4")
@@ -26,7 +27,7 @@ _INTEGERS = (
     ("shared_memory_bytes", 0, 1 << 40),
 )
 ACCESS_FIELDS = ("certificate_file", "key_file", "ca_file", "server_name", "token_file")  # of StageAccess
-_OPTIONAL = ("kv_memory_bytes", "num_blocks", "num_threads")
+_OPTIONAL = ("start_layer", "end_layer", "kv_memory_bytes", "num_blocks", "num_threads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +38,13 @@ class StageSpec:
     checked when the stage starts. After `stall_timeout_s` in one step a replica reports itself unhealthy, so that it is
     replaced; the gateway gives up on it earlier (pipelines.stall_timeout_s). A replica that is to stop goes on for its owner for
     at most `drain_timeout_s`. `stages.server.access.StageAccess` says what the
-    files are. `shared_memory_bytes` bounds the ring to a next stage on the same host; 0: none.
+    files are. Without layers (both None) it is an unbound spare, which a gateway binds to a stage when it needs one.
+    `shared_memory_bytes` bounds the ring to a next stage on the same host; 0: none.
     """
 
     model: str
-    start_layer: int
-    end_layer: int
+    start_layer: int | None
+    end_layer: int | None
     dtype: str = "bfloat16"
     device: str = "cpu"
     batch_invariant: bool = False
@@ -96,7 +98,17 @@ class StageSpec:
                 continue
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             self._check(name, is_integer and low <= value <= high, f"an integer in [{low}, {high}]")
-        self._check("end_layer", self.end_layer > self.start_layer, f"above start_layer ({self.start_layer})")
+        together = (self.start_layer is None) == (self.end_layer is None)
+        self._check("start_layer", together, "set where end_layer is, and only there")
+        if self.start_layer is not None and self.end_layer is not None:
+            self._check("end_layer", self.end_layer > self.start_layer, f"above start_layer ({self.start_layer})")
+
+    @property
+    def layers(self) -> LayerRange | None:
+        """The stage it holds from its start; None for an unbound spare."""
+        if self.start_layer is None or self.end_layer is None:
+            return None
+        return LayerRange(self.start_layer, self.end_layer)
 
     def to_dict(self) -> dict[str, Any]:
         """For another process."""

@@ -29,12 +29,13 @@ class EpochOverError(Exception):
 class Epoch:
     """Lives on one event loop; `compute` is one thread, which all epochs share, so that steps never overlap."""
 
-    def __init__(self, number: int, executor: StageExecutor, compute: Executor, depth_steps: int) -> None:
+    def __init__(self, number: int, compute: Executor, depth_steps: int) -> None:
         self.number = number
         self.executed_step = self.running_step = 0
         self.running_since_s: float | None = None  # on the monotonic clock; None while idle
         self.watchers: set[asyncio.Queue[pb.WatchResponse]] = set()
-        self._executor, self._compute = executor, compute
+        self._executor: StageExecutor | None = None
+        self._compute = compute
         self._inbox: asyncio.Queue[tuple[StepFrame, int]] = asyncio.Queue(depth_steps)
         self._outbox: asyncio.Queue[StepFrame] = asyncio.Queue(depth_steps)
         self._intake = Intake(number)
@@ -49,11 +50,14 @@ class Epoch:
         """Whether steps flow."""
         return bool(self._tasks)
 
-    async def connect(self, link: Link | None, on_failure: Callable[[BaseException], None]) -> None:
+    async def connect(
+        self, executor: StageExecutor, link: Link | None, on_failure: Callable[[BaseException], None]
+    ) -> None:
         """Send to `link` from now on (None on the last stage) and begin to compute. Again: the old link is closed.
 
         `on_failure` is called where computing itself breaks, which no step of a client should cause.
         """
+        self._executor = executor
         old, self._link = self._link, link
         if old is not None:
             await old.close()
@@ -73,6 +77,10 @@ class Epoch:
                 queue.get_nowait()  # lets go of its memory, which may be shared
         if self._link is not None:
             await self._link.close()
+
+    def let_go(self) -> None:
+        """Hold the stage no longer, once the last kernel is done: its memory may be wanted for another."""
+        self._executor = None
 
     async def until_over(self, work: Awaitable[T]) -> T:
         """The result of `work`. Raises EpochOverError as soon as the epoch ends."""
@@ -129,6 +137,7 @@ class Epoch:
 
     def _execute(self, frame: StepFrame, received_ns: int) -> StepFrame:
         """On the compute thread: the count is right even where the epoch ends while the kernel runs."""
+        assert self._executor is not None, "steps are taken once the epoch is connected"
         self.running_step, self.running_since_s = frame.step_id, time.monotonic()
         try:
             return self._executor.execute(frame, received_ns)

@@ -1,35 +1,46 @@
-"""The stage server: control calls change who may send steps; the current epoch receives, computes and sends them."""
+"""The stage server: control calls change who may send steps; the current epoch receives, computes and sends them.
+
+A bindable replica has a loader, and begins without a stage: `Bind` loads one.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from stageline.errors import InvalidArgumentError, StagelineError
+from stageline.errors import InvalidArgumentError, StagelineError, UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
 from stages.executor import StageExecutor
+from stages.partition import LayerRange
 from stages.server.abort import abort
 from stages.server.access import OPEN, StageAccess
-from stages.server.claims import Claims, State
+from stages.server.claims import Bind, Claims, State
 from stages.server.epoch import Epoch, EpochOverError
 from stages.server.link import OPTIONS, Link
 from stages.server.listen import take_port
+from stages.server.loader import StageLoader
 from stages.server.streams import DataStreams
 from stages.spec import DEFAULT_SHARED_MEMORY_BYTES
+
+_LOG = logging.getLogger(__name__)
 
 LEASE_POLL_S = 0.2
 DRAIN_POLL_S = 0.05
 _SERVICES = ("", "stageline.stage.v1.StageService")
 _STATES = {
+    State.UNBOUND: pb.STAGE_STATE_UNBOUND,
+    State.LOADING: pb.STAGE_STATE_LOADING,
     State.SPARE: pb.STAGE_STATE_SPARE,
     State.CLAIMED: pb.STAGE_STATE_CLAIMED,
     State.CONNECTED: pb.STAGE_STATE_CONNECTED,
@@ -48,25 +59,32 @@ class Listener:
 
 
 class StageServer(pb_grpc.StageServiceServicer):
-    """Serves one StageExecutor. All methods run on the loop that called `start`."""
+    """Serves one StageExecutor at a time. All methods run on the loop that called `start`."""
 
     def __init__(
         self,
-        executor: StageExecutor,
+        executor: StageExecutor | None,
         *,
         fingerprint: str,
-        kv_capacity_blocks: int,
+        kv_capacity_blocks: int = 0,
         queue_depth_steps: int = 32,
         shared_memory_bytes: int = DEFAULT_SHARED_MEMORY_BYTES,
+        loader: StageLoader | None = None,
     ) -> None:
-        """Of `shared_memory_bytes` is the ring to a next stage on this host; 0 neither offers nor takes one."""
+        """Without an executor, which takes a `loader`, the replica is unbound. Of `shared_memory_bytes` is the ring to a next
+        stage on this host; 0 neither offers nor takes one."""
+        assert executor is not None or loader is not None, "nothing to serve, and nothing to load it with"
         self.incarnation = uuid.uuid4().hex
         self._executor = executor
         self._fingerprint, self._capacity, self._depth = fingerprint, kv_capacity_blocks, queue_depth_steps
         self._shared_memory_bytes = shared_memory_bytes
-        self._claims = Claims(incarnation=self.incarnation)
+        self._loader = loader
+        self._loading: tuple[LayerRange, int, int] | None = None  # what loads, bytes of it that are there, bytes in all
+        self._load_failure = ""
+        self._stopped = False
+        self._claims = Claims(incarnation=self.incarnation, bindable=loader is not None, bound=executor is not None)
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage-compute")
-        self._epoch = self._wired = Epoch(0, executor, self._compute, queue_depth_steps)  # current; last one connected
+        self._epoch = self._wired = Epoch(0, self._compute, queue_depth_steps)  # current; last one connected
         self._leases: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -87,8 +105,8 @@ class StageServer(pb_grpc.StageServiceServicer):
         streams = DataStreams(
             self._admit,
             lambda epoch: self._claims.stale(epoch),
-            is_last=self._is_last,
-            max_payload_bytes=self._executor.max_payload_bytes,
+            is_last=lambda: self._held().runner.model.is_last,
+            max_payload_bytes=lambda: self._held().max_payload_bytes(),
             shares_memory=self._shared_memory_bytes > 0,
         )
         server.add_generic_rpc_handlers((streams.handler(),))
@@ -112,6 +130,7 @@ class StageServer(pb_grpc.StageServiceServicer):
 
     async def stop(self) -> None:
         """End everything; the running kernel finishes first."""
+        self._stopped = True
         if self._leases is not None:
             self._leases.cancel()
         await self._epoch.end()
@@ -124,35 +143,94 @@ class StageServer(pb_grpc.StageServiceServicer):
         since_s = self._wired.running_since_s
         return 0.0 if since_s is None else time.monotonic() - since_s
 
-    @property
-    def _is_last(self) -> bool:
-        return self._executor.runner.model.is_last
+    def _held(self) -> StageExecutor:
+        """The stage. Raises FailedPreconditionError where there is none; every epoch that is connected has one."""
+        self._claims.check_bound()
+        assert self._executor is not None
+        return self._executor
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         """See StageService."""
-        runner, claims = self._executor.runner, self._claims
+        claims = self._claims
+        answer = pb.DescribeResponse() if self._loader is None else self._loader.description()
+        if claims.bound:
+            answer.MergeFrom(self._described(self._held()))
+        if self._loading is not None:
+            layers, done_bytes, total_bytes = self._loading
+            answer.loading.start_layer, answer.loading.end_layer = layers.start_layer, layers.end_layer
+            answer.loading.done_bytes, answer.loading.total_bytes = done_bytes, total_bytes
+        answer.MergeFrom(
+            pb.DescribeResponse(
+                incarnation=self.incarnation,
+                fingerprint=self._fingerprint,
+                queue_depth_steps=self._depth,
+                epoch=claims.epoch,
+                owner_id=claims.owner_id,
+                state=_STATES[claims.state],
+                pid=os.getpid(),
+                busy_s=self.busy_s(),
+                bindable=claims.bindable,
+                load_failure=self._load_failure,
+            )
+        )
+        return answer
+
+    def _described(self, executor: StageExecutor) -> pb.DescribeResponse:
+        runner = executor.runner
         return pb.DescribeResponse(
-            incarnation=self.incarnation,
-            fingerprint=self._fingerprint,
             start_layer=runner.layers.start_layer,
             end_layer=runner.layers.end_layer,
             num_layers=runner.config.num_layers,
             hidden_size=runner.config.hidden_size,
             vocab_size=runner.config.vocab_size,
-            dtype=self._executor.element_type,
+            dtype=executor.element_type,
             block_size_tokens=runner.block_size_tokens,
             kv_capacity_blocks=self._capacity,
-            queue_depth_steps=self._depth,
-            epoch=claims.epoch,
-            owner_id=claims.owner_id,
-            state=_STATES[claims.state],
-            pid=os.getpid(),
             attention_backend=runner.attention_report,
             batch_invariant=runner.model.batch_invariant,
-            busy_s=self.busy_s(),
             quantization=runner.quantization or "",
-            hidden_dtype=self._executor.hidden_states.element_type,
+            hidden_dtype=executor.hidden_states.element_type,
         )
+
+    async def Bind(self, request: pb.BindRequest, context: Any) -> pb.BindResponse:
+        """See StageService. Who was first is decided here; what takes time goes on in the background."""
+        layers = LayerRange(request.start_layer, request.end_layer)
+        asked = Bind(request.owner_id, request.epoch, layers.start_layer, layers.end_layer)
+        try:
+            claims = self._claims.bind(
+                asked, incarnation=request.incarnation, lease_s=request.lease_s, now_s=time.monotonic()
+            )
+            if claims is not self._claims:
+                assert self._loader is not None
+                self._loader.check(layers)
+                self._claims, self._loading, self._load_failure = claims, (layers, 0, 0), ""
+                self._run(self._load(self._loader, layers, self._swap_epoch()))
+        except StagelineError as error:
+            await abort(context, error)
+        return pb.BindResponse(epoch=claims.epoch)
+
+    async def _load(self, loader: StageLoader, layers: LayerRange, old: Epoch) -> None:
+        """Let go of what is held, which is in no pipeline any more, and load."""
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            if self._stopped:
+                raise UnavailableError("STAGE_STOPPED", "the replica stops")
+            self._loading = layers, done_bytes, total_bytes
+
+        try:
+            await self._end(old)
+            self._executor, self._capacity, self._wired = None, 0, self._epoch
+            gc.collect()  # memory of the stage before must be free before the next one is loaded
+            loaded = await loader.load(layers, progress)
+        except Exception as error:  # whatever it is, the replica can be bound to something else
+            reason = error.reason if isinstance(error, StagelineError) else type(error).__name__
+            self._load_failure = f"{reason}: {error}"
+            _LOG.error("layers %s could not be loaded: %s", layers, self._load_failure)
+            self._claims, self._loading = self._claims.load_failed(), None
+            await self._next_epoch()
+        else:
+            self._executor, self._capacity = loaded.executor, loaded.kv_capacity_blocks
+            self._claims, self._loading = self._claims.loaded(), None
 
     async def Claim(self, request: pb.ClaimRequest, context: Any) -> pb.ClaimResponse:
         """See StageService. The epoch changes first, so nothing of the old one is started any more."""
@@ -174,9 +252,9 @@ class StageServer(pb_grpc.StageServiceServicer):
         """See StageService. The epoch is checked again after every wait: a slow Connect must not touch a newer epoch."""
         link = None
         try:
-            epoch = self._admit(request.epoch, self.incarnation)
-            self._check_connect(request)
-            await self._on_compute_thread(self._executor.allocate_kv, request.num_blocks)
+            epoch, executor = self._admit(request.epoch, self.incarnation), self._held()
+            self._check_connect(request, executor)
+            await self._on_compute_thread(executor.allocate_kv, request.num_blocks)
             self._admit(request.epoch, self.incarnation)
             if request.HasField("next"):
                 following = request.next
@@ -197,7 +275,7 @@ class StageServer(pb_grpc.StageServiceServicer):
                 raise
             await abort(context, error if isinstance(error, StagelineError) else self._claims.stale(request.epoch))
         self._wired = epoch
-        await epoch.connect(link, self._on_failure)
+        await epoch.connect(executor, link, self._on_failure)
         return pb.ConnectResponse()
 
     async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewResponse:
@@ -250,8 +328,8 @@ class StageServer(pb_grpc.StageServiceServicer):
         assert self._epoch.number == epoch
         return self._epoch
 
-    def _check_connect(self, request: pb.ConnectRequest) -> None:
-        if self._is_last == request.HasField("next"):
+    def _check_connect(self, request: pb.ConnectRequest, executor: StageExecutor) -> None:
+        if executor.runner.model.is_last == request.HasField("next"):
             raise InvalidArgumentError(
                 "NEXT_STAGE_MISMATCH",
                 "the last stage takes no next stage and every other stage needs one",
@@ -273,9 +351,21 @@ class StageServer(pb_grpc.StageServiceServicer):
 
     async def _next_epoch(self) -> None:
         """End the current epoch and wait for the running kernel; `_claims` already has the new number."""
-        old, self._epoch = self._epoch, Epoch(self._claims.epoch, self._executor, self._compute, self._depth)
+        await self._end(self._swap_epoch())
+
+    def _swap_epoch(self) -> Epoch:
+        """Begin the epoch that `_claims` says; returns the one before, which is still to be ended."""
+        old, self._epoch = self._epoch, Epoch(self._claims.epoch, self._compute, self._depth)
+        return old
+
+    async def _end(self, old: Epoch) -> None:
         await old.end()
-        await self._on_compute_thread(self._executor.reset)  # one thread: this comes after the kernel
+        await self._on_compute_thread(self._reset)  # one thread: this comes after the kernel
+        old.let_go()
+
+    def _reset(self) -> None:
+        if (executor := self._executor) is not None:
+            executor.reset()
 
     async def _on_compute_thread(self, function: Any, *args: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(self._compute, function, *args)
@@ -285,9 +375,13 @@ class StageServer(pb_grpc.StageServiceServicer):
         self.failure = error
         self._claims = self._claims.fail(f"{type(error).__name__}: {error}")
         for work in (self._next_epoch(), self._set_health()):
-            task = asyncio.create_task(work)
-            self._background.add(task)
-            task.add_done_callback(self._background.discard)
+            self._run(work)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """In the background."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _set_health(self) -> None:
         """SERVING means: can be claimed, or computes for its owner and will go on."""

@@ -28,11 +28,11 @@ class DataStreams:
         admit: Admit,
         stale: Stale,
         *,
-        is_last: bool,
+        is_last: Callable[[], bool],
         max_payload_bytes: Callable[[], int],
         shares_memory: bool = True,
     ) -> None:
-        """`max_payload_bytes` is asked when a stream begins. `shares_memory=False` takes no offer of a ring."""
+        """`is_last` and `max_payload_bytes` are asked when a stream begins. `shares_memory=False` takes no offer of a ring."""
         self._admit, self._stale, self._is_last = admit, stale, is_last
         self._max_payload_bytes, self._shares_memory = max_payload_bytes, shares_memory
 
@@ -71,7 +71,7 @@ class DataStreams:
     async def _results(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
         epoch = await self._enter(context)
         try:
-            if not self._is_last:
+            if not self._is_last():
                 raise FailedPreconditionError("NOT_LAST_STAGE", "results come from the last stage only")
             epoch.take_results()
         except StagelineError as error:

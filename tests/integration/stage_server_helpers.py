@@ -14,6 +14,7 @@ import torch
 from engine_helpers import BLOCK_TOKENS, NUM_LAYERS, VOCAB_SIZE, ToyRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from stageline.errors import InvalidArgumentError, ResourceExhaustedError
 from stageline.grpc_errors import from_rpc_error
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
@@ -21,6 +22,7 @@ from stages.executor import StageExecutor
 from stages.partition import LayerRange
 from stages.server.frames import StepFrame, encode
 from stages.server.link import FORWARD, OPTIONS, RESULTS, epoch_metadata
+from stages.server.loader import LoadedStage
 from stages.server.server import StageServer
 from stages.spec import DEFAULT_SHARED_MEMORY_BYTES
 
@@ -89,6 +91,47 @@ class WideRunner(RecordingRunner):
         return torch.zeros(len(batch.output_rows), VOCAB_SIZE) if self.model.is_last else expected_TD
 
 
+class ToyLoader:
+    """Loads a runner of `kind` in two steps of ten bytes; waits before the second while `gate` is cleared, and raises `fault`
+    then."""
+
+    def __init__(
+        self, kind: Callable[..., Any] = RecordingRunner, *, capacity: int = 64, max_layers: int = NUM_LAYERS
+    ) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fault: BaseException | None = None
+        self.loads: list[str] = []
+        self.runner: Any = None
+        self._kind, self._capacity, self._max_layers = kind, capacity, max_layers
+
+    def description(self) -> pb.DescribeResponse:
+        """As of a toy."""
+        return pb.DescribeResponse(
+            num_layers=NUM_LAYERS, hidden_size=1, vocab_size=VOCAB_SIZE, dtype=pb.ELEMENT_TYPE_FLOAT32,
+            hidden_dtype=pb.ELEMENT_TYPE_FLOAT32, block_size_tokens=BLOCK_TOKENS, memory_bytes=self._max_layers,
+            model="toy",
+        )  # fmt: skip
+
+    def check(self, layers: LayerRange) -> None:
+        """A layer takes a byte."""
+        if not 0 <= layers.start_layer < layers.end_layer <= NUM_LAYERS:
+            raise InvalidArgumentError("LAYERS_OUT_OF_RANGE", f"no layers {layers}", field="layers")
+        if len(layers) > self._max_layers:
+            raise ResourceExhaustedError("STAGE_TOO_LARGE", f"layers {layers} do not fit")
+
+    async def load(self, layers: LayerRange, progress: Callable[[int, int], None]) -> LoadedStage:
+        """See StageLoader."""
+        self.loads.append(str(layers))
+        progress(10, 20)
+        await self.gate.wait()
+        if self.fault is not None:
+            raise self.fault
+        progress(20, 20)
+        self.runner = self._kind(layers)
+        return LoadedStage(StageExecutor(self.runner), self._capacity)
+
+
 class Client:
     """A stage server that runs, and the calls a gateway or a neighbour makes to it."""
 
@@ -104,6 +147,24 @@ class Client:
             pb.ClaimRequest(owner_id=owner, incarnation=self.incarnation, lease_s=lease_s, min_epoch=min_epoch),
             timeout=TIMEOUT_S,
         )
+
+    async def bind(
+        self, layers: tuple[int, int], owner: str = "o", *, epoch: int | None = None, lease_s: float = 30.0
+    ) -> int:
+        """Bind as `owner`, who has just seen the epoch (or saw `epoch`); returns the epoch that was granted."""
+        if epoch is None:
+            epoch = (await self.describe()).epoch
+        request = pb.BindRequest(
+            owner_id=owner, incarnation=self.incarnation, epoch=epoch, start_layer=layers[0], end_layer=layers[1],
+            lease_s=lease_s,
+        )  # fmt: skip
+        return (await self.stub.Bind(request, timeout=TIMEOUT_S)).epoch
+
+    async def until_state(self, state: str) -> None:
+        """Wait until the stage says so of itself."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while await self.state() != state:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
     async def connect(
         self,
@@ -144,7 +205,7 @@ class Client:
         return await self.stub.Describe(pb.DescribeRequest(), timeout=TIMEOUT_S)
 
     async def state(self) -> str:
-        """`SPARE`, `CLAIMED`, `CONNECTED` or `DRAINING`."""
+        """`UNBOUND`, `LOADING`, `SPARE`, `CLAIMED`, `CONNECTED` or `DRAINING`."""
         return pb.StageState.Name((await self.describe()).state).removeprefix("STAGE_STATE_")
 
     async def health(self, service: str = "stageline.stage.v1.StageService") -> str:
@@ -209,6 +270,22 @@ async def running(
         yield client
     finally:
         runner.gate.set()
+        await client.channel.close()
+        await server.stop()
+
+
+@asynccontextmanager
+async def unbound(loader: ToyLoader | None = None) -> AsyncIterator[tuple[Client, ToyLoader]]:
+    """A replica that holds no stage; the client's `runner` is None until `Client.runner` is set to the loader's."""
+    loader = loader or ToyLoader()
+    server = StageServer(None, fingerprint="toy", loader=loader)
+    client = Client(server, None, await server.start("127.0.0.1", 0))
+    try:
+        yield client, loader
+    finally:
+        loader.gate.set()
+        if loader.runner is not None:
+            loader.runner.gate.set()
         await client.channel.close()
         await server.stop()
 

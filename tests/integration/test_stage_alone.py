@@ -7,13 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
+import grpc.aio
 import pytest
 import torch
 
 from gateway.pipelines.discovery import describe
 from stageline.errors import ConfigError, UnavailableError
+from stageline.stage.v1 import stage_service_pb2 as pb
+from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
 from stages.__main__ import main
+from stages.replica import StageReplica
 from stages.server.access import OPEN, StageAccess
 from stages.spec import StageSpec
 from tests.certificates import Authority
@@ -36,6 +41,51 @@ def test_it_serves_its_layers_until_sigterm(folder) -> None:
         assert (ready, layers) == ("ready", ["layers", "1-3"])
         record = asyncio.run(describe(address.removeprefix("grpc://")))
         assert (record.start_layer, record.end_layer, record.num_layers, record.pid) == (1, 3, 4, process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+
+
+async def test_a_spare_loads_the_stage_it_is_bound_to(folder) -> None:
+    spec = StageSpec(model=str(folder), start_layer=None, end_layer=None, dtype="float32", num_blocks=8, num_threads=1)
+    spare, whole = StageReplica(spec), StageReplica(replace(spec, start_layer=1, end_layer=4))
+    try:
+        await spare.start()
+        await whole.start()
+        assert spare.metadata() | {"bindable": True} == spare.metadata()
+        before = await describe(spare.address)
+        assert (before.bindable, before.end_layer, before.num_layers, before.model) == (True, 0, 4, str(folder))
+        assert before.memory_bytes > 1 << 20
+        async with grpc.aio.insecure_channel(spare.address) as channel:
+            stub = pb_grpc.StageServiceStub(channel)
+            request = pb.BindRequest(
+                owner_id="o", incarnation=before.incarnation, start_layer=1, end_layer=4, lease_s=60
+            )
+            await stub.Bind(request, timeout=10)
+            async with asyncio.timeout(30):
+                while (after := await describe(spare.address)).state != pb.STAGE_STATE_CLAIMED:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        bound_from_start = await describe(whole.address)
+        for ours in ("incarnation", "epoch", "owner_id", "state", "bindable", "memory_bytes", "model"):
+            after.ClearField(ours)
+            bound_from_start.ClearField(ours)
+        assert after == bound_from_start
+    finally:
+        await spare.stop()
+        await whole.stop()
+
+
+def test_a_spare_without_ray(folder) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages", "--model", str(folder), "--layers", "any", "--port", "0", "--dtype", "float32"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        ready, address, *layers = process.stdout.readline().split()
+        assert (ready, layers) == ("ready", ["layers", "any"])
+        assert asyncio.run(describe(address.removeprefix("grpc://"))).bindable
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
     finally:

@@ -94,6 +94,10 @@ class _StageStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StageState
     """Owned and wired: steps flow."""
     STAGE_STATE_DRAINING: _StageState.ValueType  # 4
     """Finishes what it has and takes no new claim."""
+    STAGE_STATE_UNBOUND: _StageState.ValueType  # 5
+    """Holds no stage: it waits to be bound to one."""
+    STAGE_STATE_LOADING: _StageState.ValueType  # 6
+    """Loads the stage that it was bound to."""
 
 class StageState(_StageState, metaclass=_StageStateEnumTypeWrapper):
     """StageState is the life cycle of a replica."""
@@ -108,6 +112,10 @@ STAGE_STATE_CONNECTED: StageState.ValueType  # 3
 """Owned and wired: steps flow."""
 STAGE_STATE_DRAINING: StageState.ValueType  # 4
 """Finishes what it has and takes no new claim."""
+STAGE_STATE_UNBOUND: StageState.ValueType  # 5
+"""Holds no stage: it waits to be bound to one."""
+STAGE_STATE_LOADING: StageState.ValueType  # 6
+"""Loads the stage that it was bound to."""
 Global___StageState: _TypeAlias = StageState  # noqa: Y015
 
 @_typing.final
@@ -153,6 +161,11 @@ class DescribeResponse(_message.Message):
     BUSY_S_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     HIDDEN_DTYPE_FIELD_NUMBER: _builtins.int
+    BINDABLE_FIELD_NUMBER: _builtins.int
+    LOADING_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    LOAD_FAILURE_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     """Identifies this process of the replica: a restart has another incarnation."""
     fingerprint: _builtins.str
@@ -193,6 +206,18 @@ class DescribeResponse(_message.Message):
     """"int8" or "int4" where the weights were quantized while they loaded; empty where not."""
     hidden_dtype: Global___ElementType.ValueType
     """Element type of hidden states on the wire."""
+    bindable: _builtins.bool
+    """Whether the replica can be bound to any stage of the model. While it holds none, start_layer and end_layer are 0."""
+    memory_bytes: _builtins.int
+    """Bytes of memory there are for weights and KV cache where the replica is bindable: all it would have once it holds nothing."""
+    model: _builtins.str
+    """The model as the replica was told it: a folder, a file or a hub id. For people: `fingerprint` says what is in it."""
+    load_failure: _builtins.str
+    """Why the last load of a bindable replica failed, as "REASON: message"; empty after one that did not."""
+    @_builtins.property
+    def loading(self) -> Global___Loading:
+        """Set while a stage is being loaded."""
+
     def __init__(
         self,
         *,
@@ -216,14 +241,53 @@ class DescribeResponse(_message.Message):
         busy_s: _builtins.float = ...,
         quantization: _builtins.str = ...,
         hidden_dtype: Global___ElementType.ValueType = ...,
+        bindable: _builtins.bool = ...,
+        loading: Global___Loading | None = ...,
+        memory_bytes: _builtins.int = ...,
+        model: _builtins.str = ...,
+        load_failure: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["loading", b"loading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "busy_s", b"busy_s", "dtype", b"dtype", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "hidden_dtype", b"hidden_dtype", "hidden_size", b"hidden_size", "incarnation", b"incarnation", "kv_capacity_blocks", b"kv_capacity_blocks", "num_layers", b"num_layers", "owner_id", b"owner_id", "pid", b"pid", "quantization", b"quantization", "queue_depth_steps", b"queue_depth_steps", "start_layer", b"start_layer", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "bindable", b"bindable", "block_size_tokens", b"block_size_tokens", "busy_s", b"busy_s", "dtype", b"dtype", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "hidden_dtype", b"hidden_dtype", "hidden_size", b"hidden_size", "incarnation", b"incarnation", "kv_capacity_blocks", b"kv_capacity_blocks", "load_failure", b"load_failure", "loading", b"loading", "memory_bytes", b"memory_bytes", "model", b"model", "num_layers", b"num_layers", "owner_id", b"owner_id", "pid", b"pid", "quantization", b"quantization", "queue_depth_steps", b"queue_depth_steps", "start_layer", b"start_layer", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class Loading(_message.Message):
+    """Loading is a stage on its way into memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_LAYER_FIELD_NUMBER: _builtins.int
+    END_LAYER_FIELD_NUMBER: _builtins.int
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    start_layer: _builtins.int
+    """First decoder layer."""
+    end_layer: _builtins.int
+    """One past the last decoder layer."""
+    done_bytes: _builtins.int
+    """Bytes of weights loaded."""
+    total_bytes: _builtins.int
+    """Bytes of weights in all; 0 until the load has begun."""
+    def __init__(
+        self,
+        *,
+        start_layer: _builtins.int = ...,
+        end_layer: _builtins.int = ...,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "end_layer", b"end_layer", "start_layer", b"start_layer", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Loading: _TypeAlias = Loading  # noqa: Y015
 
 @_typing.final
 class ClaimRequest(_message.Message):
@@ -288,6 +352,70 @@ class ClaimResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClaimResponse: _TypeAlias = ClaimResponse  # noqa: Y015
+
+@_typing.final
+class BindRequest(_message.Message):
+    """BindRequest asks a bindable replica to load a stage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    START_LAYER_FIELD_NUMBER: _builtins.int
+    END_LAYER_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    owner_id: _builtins.str
+    """Required. The gateway process that asks, as in ClaimRequest."""
+    incarnation: _builtins.str
+    """Required. The incarnation the caller saw in Describe."""
+    epoch: _builtins.int
+    """Required. The epoch the caller saw in Describe (0 before the first); another one answers STALE_EPOCH."""
+    start_layer: _builtins.int
+    """Required. First decoder layer of the stage."""
+    end_layer: _builtins.int
+    """Required. One past its last decoder layer."""
+    lease_s: _builtins.float
+    """Required. Seconds the caller owns the replica without a Renew; over 0. The load outlasts them."""
+    def __init__(
+        self,
+        *,
+        owner_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        start_layer: _builtins.int = ...,
+        end_layer: _builtins.int = ...,
+        lease_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_layer", b"end_layer", "epoch", b"epoch", "incarnation", b"incarnation", "lease_s", b"lease_s", "owner_id", b"owner_id", "start_layer", b"start_layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BindRequest: _TypeAlias = BindRequest  # noqa: Y015
+
+@_typing.final
+class BindResponse(_message.Message):
+    """BindResponse says that the stage is being loaded, or is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The epoch issued, to renew and to release; a claim ends it."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BindResponse: _TypeAlias = BindResponse  # noqa: Y015
 
 @_typing.final
 class ConnectRequest(_message.Message):

@@ -45,6 +45,11 @@ class StageServiceStub:
                 request_serializer=stageline_dot_stage_dot_v1_dot_stage__service__pb2.ClaimRequest.SerializeToString,
                 response_deserializer=stageline_dot_stage_dot_v1_dot_stage__service__pb2.ClaimResponse.FromString,
                 _registered_method=True)
+        self.Bind = channel.unary_unary(
+                '/stageline.stage.v1.StageService/Bind',
+                request_serializer=stageline_dot_stage_dot_v1_dot_stage__service__pb2.BindRequest.SerializeToString,
+                response_deserializer=stageline_dot_stage_dot_v1_dot_stage__service__pb2.BindResponse.FromString,
+                _registered_method=True)
         self.Connect = channel.unary_unary(
                 '/stageline.stage.v1.StageService/Connect',
                 request_serializer=stageline_dot_stage_dot_v1_dot_stage__service__pb2.ConnectRequest.SerializeToString,
@@ -82,6 +87,17 @@ class StageServiceServicer:
         """Claim makes the caller the owner of the replica under a new epoch. What was queued under the old epoch is dropped;
         the answer comes once the running kernel has finished. FAILED_PRECONDITION with reason STAGE_CLAIMED while another
         owner's lease runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Bind(self, request, context):
+        """Bind makes a replica that holds no stage, or one that it was bound to before, load another; the caller owns it
+        meanwhile, under a new epoch that it renews and may release. It returns at once: Describe tells how far the load is, and
+        then the stage is claimed like any other. The same call again changes nothing. FAILED_PRECONDITION with reason
+        STAGE_CLAIMED, STAGE_LOADING or STALE_EPOCH where another call was first, RESOURCE_EXHAUSTED with reason
+        STAGE_TOO_LARGE where the stage does not fit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,6 +143,11 @@ def add_StageServiceServicer_to_server(servicer, server):
                     servicer.Claim,
                     request_deserializer=stageline_dot_stage_dot_v1_dot_stage__service__pb2.ClaimRequest.FromString,
                     response_serializer=stageline_dot_stage_dot_v1_dot_stage__service__pb2.ClaimResponse.SerializeToString,
+            ),
+            'Bind': grpc.unary_unary_rpc_method_handler(
+                    servicer.Bind,
+                    request_deserializer=stageline_dot_stage_dot_v1_dot_stage__service__pb2.BindRequest.FromString,
+                    response_serializer=stageline_dot_stage_dot_v1_dot_stage__service__pb2.BindResponse.SerializeToString,
             ),
             'Connect': grpc.unary_unary_rpc_method_handler(
                     servicer.Connect,
@@ -204,6 +225,33 @@ class StageService:
             '/stageline.stage.v1.StageService/Claim',
             stageline_dot_stage_dot_v1_dot_stage__service__pb2.ClaimRequest.SerializeToString,
             stageline_dot_stage_dot_v1_dot_stage__service__pb2.ClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Bind(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stageline.stage.v1.StageService/Bind',
+            stageline_dot_stage_dot_v1_dot_stage__service__pb2.BindRequest.SerializeToString,
+            stageline_dot_stage_dot_v1_dot_stage__service__pb2.BindResponse.FromString,
             options,
             channel_credentials,
             insecure,

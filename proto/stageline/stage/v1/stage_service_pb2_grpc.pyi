@@ -59,6 +59,13 @@ class StageServiceStub:
     the answer comes once the running kernel has finished. FAILED_PRECONDITION with reason STAGE_CLAIMED while another
     owner's lease runs.
     """
+    Bind: _grpc.UnaryUnaryMultiCallable[_stage_service_pb2.BindRequest, _stage_service_pb2.BindResponse]
+    """Bind makes a replica that holds no stage, or one that it was bound to before, load another; the caller owns it
+    meanwhile, under a new epoch that it renews and may release. It returns at once: Describe tells how far the load is, and
+    then the stage is claimed like any other. The same call again changes nothing. FAILED_PRECONDITION with reason
+    STAGE_CLAIMED, STAGE_LOADING or STALE_EPOCH where another call was first, RESOURCE_EXHAUSTED with reason
+    STAGE_TOO_LARGE where the stage does not fit.
+    """
     Connect: _grpc.UnaryUnaryMultiCallable[_stage_service_pb2.ConnectRequest, _stage_service_pb2.ConnectResponse]
     """Connect allocates the KV cache and opens the stream to the next stage. It needs the current epoch."""
     Renew: _grpc.UnaryUnaryMultiCallable[_stage_service_pb2.RenewRequest, _stage_service_pb2.RenewResponse]
@@ -79,6 +86,13 @@ class StageServiceAsyncStub(StageServiceStub):
     """Claim makes the caller the owner of the replica under a new epoch. What was queued under the old epoch is dropped;
     the answer comes once the running kernel has finished. FAILED_PRECONDITION with reason STAGE_CLAIMED while another
     owner's lease runs.
+    """
+    Bind: _aio.UnaryUnaryMultiCallable[_stage_service_pb2.BindRequest, _stage_service_pb2.BindResponse]  # type: ignore[assignment]
+    """Bind makes a replica that holds no stage, or one that it was bound to before, load another; the caller owns it
+    meanwhile, under a new epoch that it renews and may release. It returns at once: Describe tells how far the load is, and
+    then the stage is claimed like any other. The same call again changes nothing. FAILED_PRECONDITION with reason
+    STAGE_CLAIMED, STAGE_LOADING or STALE_EPOCH where another call was first, RESOURCE_EXHAUSTED with reason
+    STAGE_TOO_LARGE where the stage does not fit.
     """
     Connect: _aio.UnaryUnaryMultiCallable[_stage_service_pb2.ConnectRequest, _stage_service_pb2.ConnectResponse]  # type: ignore[assignment]
     """Connect allocates the KV cache and opens the stream to the next stage. It needs the current epoch."""
@@ -109,6 +123,19 @@ class StageServiceServicer(metaclass=_abc_1.ABCMeta):
         """Claim makes the caller the owner of the replica under a new epoch. What was queued under the old epoch is dropped;
         the answer comes once the running kernel has finished. FAILED_PRECONDITION with reason STAGE_CLAIMED while another
         owner's lease runs.
+        """
+
+    @_abc_1.abstractmethod
+    def Bind(
+        self,
+        request: _stage_service_pb2.BindRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_stage_service_pb2.BindResponse, _abc.Awaitable[_stage_service_pb2.BindResponse]]:
+        """Bind makes a replica that holds no stage, or one that it was bound to before, load another; the caller owns it
+        meanwhile, under a new epoch that it renews and may release. It returns at once: Describe tells how far the load is, and
+        then the stage is claimed like any other. The same call again changes nothing. FAILED_PRECONDITION with reason
+        STAGE_CLAIMED, STAGE_LOADING or STALE_EPOCH where another call was first, RESOURCE_EXHAUSTED with reason
+        STAGE_TOO_LARGE where the stage does not fit.
         """
 
     @_abc_1.abstractmethod
