@@ -21,6 +21,8 @@ from gateway.engine.settings import EngineSettings
 from gateway.engine.status import replica_status
 from gateway.engine.watch import StepFeed
 from gateway.metrics import Metrics
+from gateway.pipelines.binder import Binder
+from gateway.pipelines.binding import choose_bindings
 from gateway.pipelines.discovery import Registry, ReplicaRecord, describe, new_owner_id
 from gateway.pipelines.form import Chain, chain
 from gateway.pipelines.pipeline import Pipeline
@@ -28,6 +30,7 @@ from gateway.scheduler import Scheduler
 from gateway.types import GenerateRequest, ReplicaStatus
 from stageline.errors import StagelineError, UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
+from stages.partition import LayerRange
 
 logger = logging.getLogger("stageline.gateway")
 
@@ -59,14 +62,22 @@ class Keeper:
         self._owner_id = new_owner_id()
         self._lane_numbers = itertools.count()
         self._suspects: dict[str, float] = {}  # incarnation → until when, on the monotonic clock
+        self._lost: set[str] = (
+            set()
+        )  # those of the suspects that are dead, hang or drain, and are not another gateway's
         self._drain_ends: dict[str, float] = {}  # incarnation → when it stops, on the monotonic clock
         self._patient_until_s = 0.0
         self._stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._binder = Binder(
+            registry, owner_id=self._owner_id, lease_s=settings.lease_s, access=settings.stage_access,
+            on_change=self._on_membership,
+        )  # fmt: skip
 
     def start(self) -> None:
         """Begin to form pipelines as replicas appear."""
         self._registry.on_change = self._on_membership
+        self._binder.start()
         if self._settings.eager_pipelines is not None:
             # The jitter keeps gateways that began together from asking together.
             patience_s = self._settings.patience_s * random.uniform(1.0, 1.2)
@@ -80,7 +91,7 @@ class Keeper:
         self._stopped = True
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, self._binder.stop(), return_exceptions=True)
 
     def notify(self) -> None:
         """Wake whoever waits for `changed`."""
@@ -102,6 +113,7 @@ class Keeper:
         known |= {stage.incarnation for lane in self.lanes for stage in lane.stages}  # Serve lists none that drains
         self._suspects = {name: until for name, until in self._suspects.items() if name in known}
         self._drain_ends = {name: end for name, end in self._drain_ends.items() if name in known}
+        self._lost &= self._suspects.keys()
         waiting = sum(not lane.stages for lane in self.lanes)
         chains, _ = chain(self._free(None), self._fingerprint)
         for _ in range(min(len(chains) - waiting, self._num_allowed() - len(self.lanes))):
@@ -138,10 +150,17 @@ class Keeper:
         A lane without a chain hands its sequences to one that is ready and ends.
         """
         restarts, proven = Restarts(), False
+        cut: tuple[LayerRange, ...] = ()
         while True:
             stages = self._pick(self._trusted(lane))
-            if stages is None and self._hand_over(lane):
-                return
+            if stages is None:
+                self._bind_spares(lane, cut)
+                if self._hand_over(lane):
+                    return
+                if self._binder.loading(lane.name):  # better than to try again what was lost
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self.changed.wait(), SUSPECT_S)
+                    continue
             stages = stages or self._pick([one for one in self._free(lane) if one.incarnation not in self._drain_ends])
             if stages is None:
                 await self.changed.wait()
@@ -159,6 +178,7 @@ class Keeper:
                 await prove(lane, pipeline, self._make_choice, timeout_s=self._settings.canary_timeout_s)
                 lane.num_recoveries += proven
                 lane.state, proven = "ready", True
+                cut = tuple(LayerRange(stage.start_layer, stage.end_layer) for stage in stages)
                 self.notify()
                 logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch)
                 await self._until_over(lane, pipeline)
@@ -310,6 +330,20 @@ class Keeper:
         asyncio.get_running_loop().call_later(SUSPECT_S * random.uniform(0.8, 1.2), self._on_membership)
         return True
 
+    def _bind_spares(self, lane: Lane, cut: tuple[LayerRange, ...]) -> None:
+        """Have spares load what a lane lost that had a pipeline of `cut`. What other gateways have is not lost."""
+        gone = (self._lost & self._suspects.keys()) | self._drain_ends.keys()
+        there = [record for record in self._free(lane) if record.incarnation not in gone]
+        for binding in choose_bindings(
+            cut,
+            there,
+            fingerprint=self._fingerprint,
+            owner_id=self._owner_id,
+            loading=self._binder.loading(lane.name),
+            passed_over=self._binder.passed_over(),
+        ):
+            self._binder.bind(binding, lane.name)
+
     def _on_draining(self, incarnation: str, remaining_s: float) -> None:
         self._suspects[incarnation] = math.inf
         self._drain_ends.setdefault(incarnation, time.monotonic() + remaining_s)
@@ -336,12 +370,14 @@ class Keeper:
             *(describe(s.address, ASK_TIMEOUT_S, self._settings.stage_access) for s in stages), return_exceptions=True
         )
         for stage, answer in zip(stages, answers, strict=True):
-            if (
+            lost = (
                 isinstance(answer, BaseException)
                 or answer.incarnation != stage.incarnation
                 or answer.state == pb.STAGE_STATE_DRAINING
-                or answer.owner_id not in ("", self._owner_id)
                 or answer.busy_s > min(SUSPECT_S, self._settings.stall_timeout_s)
-            ):
+            )
+            if lost:
+                self._lost.add(stage.incarnation)
+            if lost or isinstance(answer, BaseException) or answer.owner_id not in ("", self._owner_id):
                 until_s = time.monotonic() + SUSPECT_S
                 self._suspects[stage.incarnation] = max(until_s, self._suspects.get(stage.incarnation, 0.0))

@@ -31,8 +31,8 @@ def replica_status(record: ReplicaRecord, state: str) -> ReplicaStatus:
         pid=record.pid,
         node=record.node,
         address=record.address,
-        state=state,
-        layers=f"{record.start_layer}-{record.end_layer}",
+        state=state if record.bound else "loading" if record.loading else "unbound",
+        layers=f"{record.start_layer}-{record.end_layer}" if record.bound else "any",
     )
 
 

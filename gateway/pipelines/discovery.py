@@ -6,7 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc.aio
 
@@ -50,16 +50,33 @@ class Registry:
 
     def __init__(self) -> None:
         self._sources: dict[str, tuple[ReplicaRecord, ...]] = {}
+        self._held: dict[str, tuple[int, int, bool]] = {}  # incarnation → layers, and whether it loads
         self.on_change: Callable[[], None] = lambda: None
 
     def set_replicas(self, source: str, records: Sequence[ReplicaRecord]) -> None:
         """Replace what one source reports."""
         self._sources[source] = tuple(records)
+        known = {record.incarnation for records in self._sources.values() for record in records}
+        self._held = {name: held for name, held in self._held.items() if name in known}
         self.on_change()
+
+    def hold(self, incarnation: str, start_layer: int, end_layer: int, *, loading: bool = False) -> None:
+        """What a bindable replica holds now; sources may say what it was when it started: nothing."""
+        held = start_layer, end_layer, loading
+        if self._held.get(incarnation, (0, 0, False)) != held:
+            self._held[incarnation] = held
+            self.on_change()
 
     def replicas(self) -> tuple[ReplicaRecord, ...]:
         """Every replica, once."""
-        return tuple({record.incarnation: record for records in self._sources.values() for record in records}.values())
+        every = {record.incarnation: record for records in self._sources.values() for record in records}
+        return tuple(map(self._now, every.values()))
+
+    def _now(self, record: ReplicaRecord) -> ReplicaRecord:
+        if record.bound or (held := self._held.get(record.incarnation)) is None:
+            return record
+        start_layer, end_layer, loading = held
+        return replace(record, start_layer=start_layer, end_layer=end_layer, loading=loading)
 
 
 class StaticDiscovery:
@@ -129,6 +146,9 @@ async def record_at(address: str, timeout_s: float = 5.0, access: StageAccess = 
         num_layers=answer.num_layers,
         pid=answer.pid,
         node=address.rpartition(":")[0],
+        bindable=answer.bindable,
+        loading=answer.HasField("loading"),
+        memory_bytes=answer.memory_bytes,
     )
 
 

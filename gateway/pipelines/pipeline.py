@@ -134,6 +134,11 @@ class Pipeline:
                     "STAGE_REPLACED", f"another replica than the one that was announced answers at {record.address}",
                     address=record.address,
                 )  # fmt: skip
+            if (answer.start_layer, answer.end_layer) != (record.start_layer, record.end_layer):
+                raise UnavailableError(
+                    "STAGE_REBOUND", f"the stage at {record.address} holds layers {answer.start_layer}-{answer.end_layer} by now",
+                    address=record.address,
+                )  # fmt: skip
             if answer.busy_s > self._stall_timeout_s:  # a claim would wait for its kernel
                 raise UnavailableError(
                     "STAGE_STALLED", f"the stage at {record.address} has been in one kernel for {answer.busy_s:.0f} s",

@@ -4,6 +4,7 @@
 not started anew, because what takes seconds is importing. `nursery()` is the other end.
 
     {"kind": "stage", "layers": [0, 2], "num_blocks": 64, "delay_s": 0.002}        a toy stage → {"pid", "address"}
+    {"kind": "stage", "layers": null, "num_blocks": 64}                            a spare that takes any → {"pid", "address"}
     {"kind": "gateway", "stages": [ADDRESS, ...], "settings": {EngineSettings}, "max_context_tokens": 200, "model": FOLDER}
                                             both doors → {"pid", "grpc", "http"}; without "model" the toy's
     {"kind": "toy_gateway", "port": 0, "fingerprint": "toy", "state_url": "sqlite:///FILE"}
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,10 @@ class Nursery:
     def stage(self, start: int, end: int, **options: Any) -> dict[str, Any]:
         """A toy stage."""
         return self.start(kind="stage", layers=[start, end], **options)
+
+    def spare(self, **options: Any) -> dict[str, Any]:
+        """A toy that takes any stage."""
+        return self.start(kind="stage", layers=None, **options)
 
     def gateway(self, stages: Sequence[dict[str, Any]], **options: Any) -> dict[str, Any]:
         """A gateway over stages, which need not be toys."""
@@ -133,26 +139,28 @@ def nursery() -> Iterator[Nursery]:
 
 
 async def stage(
-    layers: Sequence[int],
+    layers: Sequence[int] | None,
     num_blocks: int,
     delay_s: float = 0.0,
     port: int = 0,
     drain_s: float = 5.0,
     fingerprint: str | None = None,
 ) -> None:
-    """A toy stage, until killed; after SIGTERM it drains and ends."""
+    """A toy stage, or without layers a spare that takes any, until killed; after SIGTERM it drains and ends."""
     from engine_helpers import FINGERPRINT, ToyRunner
+    from stage_server_helpers import ToyLoader
 
     from stages.executor import StageExecutor
     from stages.partition import LayerRange
     from stages.server.server import StageServer
 
-    runner = ToyRunner(LayerRange(*layers), delay_s=delay_s)
+    runner = None if layers is None else ToyRunner(LayerRange(*layers), delay_s=delay_s)
     server = StageServer(
-        StageExecutor(runner),
+        None if runner is None else StageExecutor(runner),
         fingerprint=fingerprint or FINGERPRINT,
         kv_capacity_blocks=num_blocks,
         queue_depth_steps=8,
+        loader=None if runner is not None else ToyLoader(partial(ToyRunner, delay_s=delay_s), capacity=num_blocks),
     )
     port = await server.start("127.0.0.1", port)
     stop = asyncio.Event()
