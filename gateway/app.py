@@ -34,6 +34,7 @@ from stages.server.access import StageAccess
 
 logger = logging.getLogger("stageline.gateway")
 
+SPARE_DEPLOYMENT = "spare"  # not stage-…: it is not scaled with them
 METRICS_INTERVAL_S = 1.0
 """How often Serve asks the gateway what it has to do."""
 
@@ -68,7 +69,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 
 
 def application(config: configuration.Config) -> serve.Application:
-    """One deployment a stage and one for the gateway. Raises StagelineError where the model or the split is wrong."""
+    """One deployment a stage, one of unbound spares if there are any, and one for the gateway. Raises StagelineError where the model or the split is wrong."""
     if not config.model.path:
         raise ConfigError("MODEL_MISSING", "model is required: a folder, a .gguf file, or a hub id", field="model.path")
     # Paths must mean the same in the replicas, which run elsewhere.
@@ -91,6 +92,19 @@ def application(config: configuration.Config) -> serve.Application:
         )
         for index, layers in enumerate(ranges)
     ]
+    if config.stages.spares:
+        stages.append(
+            stage_application(
+                SPARE_DEPLOYMENT,
+                None,
+                stage_spec(config, None, None, len(ranges)),
+                replicas=config.stages.spares,
+                num_cpus=config.stages.num_cpus,
+                num_gpus=config.stages.num_gpus,
+                retries=3,
+                drain_timeout_s=config.stages.drain_timeout_s,
+            )
+        )
     make: Any = serve.deployment  # its overloads do not know classes with an async __init__
     gateway = make(serve.ingress(_http_app)(Gateway)).options(
         name="gateway",
@@ -129,8 +143,10 @@ def autoscaling_policy(config: configuration.Config) -> dict[str, Any]:
     }
 
 
-def stage_spec(config: configuration.Config, start_layer: int, end_layer: int, num_stages: int) -> dict[str, Any]:
-    """What a stage replica needs to know, as `stages.replica.StageSpec.from_dict` takes it."""
+def stage_spec(
+    config: configuration.Config, start_layer: int | None, end_layer: int | None, num_stages: int
+) -> dict[str, Any]:
+    """What a stage replica needs to know, as `stages.replica.StageSpec.from_dict` takes it; without layers, an unbound spare."""
     threads = config.stages.num_threads or max(1, (os.cpu_count() or 1) // num_stages)
     return {
         "model": config.model.path,

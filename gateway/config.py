@@ -57,6 +57,9 @@ class StagesSection(_Section):
     count: int | None = Field(None, ge=1, description="stages of a pipeline; default: 1, or as many as `layers` names")
     layers: str | None = Field(None, description="half-open ranges, one a stage: 0-9,9-18; default: by cost model")
     replicas: int = Field(1, ge=1, description="replicas of every stage: pipelines, or spares")
+    spares: int = Field(
+        0, ge=0, description="replicas that hold no stage until one is lost, and then load it, whichever it is"
+    )
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where stages compute; the CUDA path has not run on a GPU"
     )

@@ -53,13 +53,14 @@ class DiscoveryRouter(RequestRouter):
 class StageDeployment:
     """One stage as a Serve replica: starts a `stages.replica.StageReplica` and publishes where it listens."""
 
-    async def __init__(self, index: int, spec: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, index: int | None, spec: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         module = importlib.import_module(STAGE_MODULE)
         context = ray.get_runtime_context()
         log_to_stderr()
         spec = {**spec, "host": spec.get("host") or ray.util.get_node_ip_address()}
-        layers = f"{spec['start_layer']}-{spec['end_layer']}"
-        report = _StartReport(f"{serve.get_replica_context().app_name}/{index}", f"stage {index} (layers {layers})")
+        name = "spare" if index is None else f"stage {index} (layers {spec['start_layer']}-{spec['end_layer']})"
+        place = "spare" if index is None else index
+        report = _StartReport(f"{serve.get_replica_context().app_name}/{place}", name)
         try:
             self._stage = getattr(module, STAGE_CLASS)(
                 getattr(module, SPEC_CLASS).from_dict(spec), progress=report.progress
@@ -68,7 +69,7 @@ class StageDeployment:
         except Exception as error:
             typed = isinstance(error, StagelineError)
             cause = f"{error.reason}: {error.message}" if isinstance(error, StagelineError) else repr(error)
-            problem = f"stage {index} (layers {layers}) cannot start: {cause}"
+            problem = f"{name} cannot start: {cause}"
             report.failed(problem, "" if typed else traceback.format_exc())
             raise StageStartError(problem) from error
         report.started()
@@ -139,7 +140,7 @@ def log_to_stderr() -> None:
 
 def stage_application(
     name: str,
-    index: int,
+    index: int | None,
     spec: dict[str, Any],
     *,
     replicas: int | Mapping[str, Any],
@@ -148,7 +149,7 @@ def stage_application(
     retries: int,
     drain_timeout_s: float,
 ) -> serve.Application:
-    """One deployment for stage `index`; `retries` bounds constructor attempts before Serve reports a failure, and what is to
+    """One deployment for stage `index`, or without one for unbound spares; `retries` bounds constructor attempts before Serve reports a failure, and what is to
     stop gets a little longer than `drain_timeout_s`.
 
     `replicas` is their number, or the fields of Serve's AutoscalingConfig.

@@ -172,7 +172,7 @@ class ContinuationScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """One stage process, as `stageline status` shows it. `state`: spare, claimed, connected, draining or lost."""
+    """One stage process, as `stageline status` shows it. `state`: unbound, loading, spare, claimed, connected, draining or lost."""
 
     pid: int
     node: str

@@ -25,7 +25,7 @@ STAGES_MOUNT, DOOR_MOUNT = "/etc/stageline/stages", "/etc/stageline/door"  # Sec
 # Fields that the plan or the cluster decides. The second group would be overruled without a word: it is refused.
 _DECIDED = {"model.path", "model.name", "model.dtype", "model.revision", "stages.count", "stages.layers",
             "kv_cache.block_size_tokens"}  # fmt: skip
-_NOT_HERE = {"stages.replicas", "stages.device", "stages.num_cpus", "stages.num_gpus", "stages.host",
+_NOT_HERE = {"stages.replicas", "stages.spares", "stages.device", "stages.num_cpus", "stages.num_gpus", "stages.host",
              "kv_cache.num_blocks", "kv_cache.memory_bytes", "server.host", "server.grpc_port", "server.http_port",
              "server.ready_timeout_s"}  # fmt: skip
 POLICY = "gateway.autoscale.policy:LockstepPolicy"  # as gateway.app.autoscaling_policy declares it
