@@ -161,6 +161,8 @@ class Pipeline:
                 incarnation=self.stages[place].incarnation,
                 min_epoch=min_epoch,
                 lease_s=self._lease_s,
+                start_layer=self.stages[place].start_layer,
+                end_layer=self.stages[place].end_layer,
             )
             answer = await self._stubs[place].Claim(request, timeout=RPC_TIMEOUT_S)
             self._granted[place] = answer.epoch

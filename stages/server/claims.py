@@ -50,6 +50,8 @@ class Claims:
     bindable: bool = False
     bound: bool = True
     """Whether a stage is loaded."""
+    layers: tuple[int, int] = (0, 0)
+    """Those of the stage, also while it loads."""
     loading: bool = False
     bind_granted: Bind | None = None  # what began the current epoch, if a bind did
 
@@ -64,13 +66,22 @@ class Claims:
             return State.SPARE
         return State.CONNECTED if self.connected else State.CLAIMED
 
-    def claim(self, *, owner_id: str, incarnation: str, min_epoch: int, lease_s: float, now_s: float) -> Claims:
-        """Grant a new epoch to a new owner, to the same owner, or after the lease of another one ran out."""
+    def claim(
+        self, *, owner_id: str, incarnation: str, min_epoch: int, lease_s: float, now_s: float,
+        layers: tuple[int, int] | None = None,
+    ) -> Claims:  # fmt: skip
+        """Grant a new epoch to a new owner, to the same owner, or after the lease of another one ran out; of `layers`, if
+        given, and of no other stage."""
         self._check_asker(owner_id, incarnation, lease_s)
         if min_epoch >= 1 << 63:  # the gateway asks for what a stage granted; leave room to count on
             raise InvalidArgumentError("EPOCH_OUT_OF_RANGE", f"min_epoch {min_epoch} is too high", field="min_epoch")
         self._check_free(owner_id, now_s)
         self.check_bound()
+        if layers is not None and layers != self.layers:
+            raise FailedPreconditionError(
+                "STAGE_REBOUND", f"the replica was bound to layers {self.layers[0]}-{self.layers[1]} meanwhile",
+                start_layer=self.layers[0], end_layer=self.layers[1],
+            )  # fmt: skip
         return replace(
             self, connected=False, epoch=max(self.epoch + 1, min_epoch), owner_id=owner_id,
             lease_s=lease_s, lease_ends_s=now_s + lease_s, bind_granted=None,
@@ -97,6 +108,7 @@ class Claims:
         return replace(
             self, connected=False, epoch=self.epoch + 1, owner_id=asked.owner_id, lease_s=lease_s,
             lease_ends_s=now_s + lease_s, bound=False, loading=True, bind_granted=asked,
+            layers=(asked.start_layer, asked.end_layer),
         )  # fmt: skip
 
     def loaded(self) -> Claims:
@@ -105,7 +117,7 @@ class Claims:
 
     def load_failed(self) -> Claims:
         """It could not be loaded: the replica is unbound and nobody's."""
-        return replace(self._free(), bound=False, loading=False)
+        return replace(self._free(), bound=False, loading=False, layers=(0, 0))
 
     def connect(self, *, epoch: int, now_s: float) -> Claims:
         """The owner has wired the stage."""

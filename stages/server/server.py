@@ -82,7 +82,12 @@ class StageServer(pb_grpc.StageServiceServicer):
         self._loading: tuple[LayerRange, int, int] | None = None  # what loads, bytes of it that are there, bytes in all
         self._load_failure = ""
         self._stopped = False
-        self._claims = Claims(incarnation=self.incarnation, bindable=loader is not None, bound=executor is not None)
+        held = (0, 0)
+        if executor is not None:
+            held = executor.runner.layers.start_layer, executor.runner.layers.end_layer
+        self._claims = Claims(
+            incarnation=self.incarnation, bindable=loader is not None, bound=executor is not None, layers=held
+        )
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage-compute")
         self._epoch = self._wired = Epoch(0, self._compute, queue_depth_steps)  # current; last one connected
         self._leases: asyncio.Task[None] | None = None
@@ -241,6 +246,7 @@ class StageServer(pb_grpc.StageServiceServicer):
                 min_epoch=request.min_epoch,
                 lease_s=request.lease_s,
                 now_s=time.monotonic(),
+                layers=(request.start_layer, request.end_layer) if request.end_layer else None,
             )
         except StagelineError as error:
             await abort(context, error)

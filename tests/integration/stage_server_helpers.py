@@ -141,12 +141,15 @@ class Client:
         self.stub = pb_grpc.StageServiceStub(self.channel)
         self.incarnation = server.incarnation
 
-    async def claim(self, owner: str = "o", *, lease_s: float = 30.0, min_epoch: int = 0) -> pb.ClaimResponse:
-        """Claim as `owner`."""
-        return await self.stub.Claim(
-            pb.ClaimRequest(owner_id=owner, incarnation=self.incarnation, lease_s=lease_s, min_epoch=min_epoch),
-            timeout=TIMEOUT_S,
-        )
+    async def claim(
+        self, owner: str = "o", *, lease_s: float = 30.0, min_epoch: int = 0, layers: tuple[int, int] = (0, 0)
+    ) -> pb.ClaimResponse:
+        """Claim as `owner`, whatever stage it holds or that of `layers`."""
+        request = pb.ClaimRequest(
+            owner_id=owner, incarnation=self.incarnation, lease_s=lease_s, min_epoch=min_epoch,
+            start_layer=layers[0], end_layer=layers[1],
+        )  # fmt: skip
+        return await self.stub.Claim(request, timeout=TIMEOUT_S)
 
     async def bind(
         self, layers: tuple[int, int], owner: str = "o", *, epoch: int | None = None, lease_s: float = 30.0

@@ -79,6 +79,19 @@ async def test_the_same_bind_again_changes_nothing() -> None:
         assert loader.loads == ["2-4"]
 
 
+async def test_a_claim_means_the_stage_that_was_described() -> None:
+    async with unbound() as (stage, _):
+        await stage.bind(FIRST, "me")
+        await stage.until_state("CLAIMED")
+        await stage.release(await stage.bind(LAST, "me"))  # after others saw the first stage
+        await stage.until_state("SPARE")
+        assert await refusal(stage.claim("other", layers=FIRST)) == ("FAILED_PRECONDITION", "STAGE_REBOUND")
+        await stage.claim("other", layers=LAST)
+    async with running(MIDDLE) as stage:
+        assert await refusal(stage.claim(layers=LAST)) == ("FAILED_PRECONDITION", "STAGE_REBOUND")
+        await stage.claim(layers=MIDDLE)
+
+
 async def test_an_owner_that_is_gone_leaves_a_spare() -> None:
     async with unbound() as (stage, loader):
         loader.gate.clear()

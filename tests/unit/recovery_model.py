@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from gateway.pipelines.protocol import StepWindow, next_claim
 from stageline.errors import StagelineError
-from stages.server.claims import Claims
+from stages.server.claims import Bind, Claims
 from stages.server.intake import Intake
 
 Endpoint = tuple[int, str]  # a replica and the incarnation that is meant
@@ -38,6 +38,7 @@ class Claim(NamedTuple):
     attempt: int
     to: Endpoint
     min_epoch: int
+    stage: int
 
 
 class Connect(NamedTuple):
@@ -46,6 +47,14 @@ class Connect(NamedTuple):
     to: Endpoint
     epoch: int
     following: Endpoint | None
+    stage: int
+
+
+class Binding(NamedTuple):
+    gateway: int
+    to: Endpoint
+    seen_epoch: int
+    stage: int
 
 
 class Release(NamedTuple):
@@ -75,7 +84,7 @@ class Answer(NamedTuple):
     work: Work
 
 
-Message = Claim | Connect | Release | Frame | Answer
+Message = Binding | Claim | Connect | Release | Frame | Answer
 
 
 class Replica(NamedTuple):
@@ -112,6 +121,9 @@ class Budget(NamedTuple):
     repeats: int = 0
     reorderings: int = 0
     give_ups: int = 0
+    failed_loads: int = 0
+    binds: int = 0
+    """How often spares are bound, each to any stage. Not a fault either: gateways do not wait until one is lost."""
     attempts: int = 2
     """How often a gateway claims a pipeline. Not a fault: a bound of the search."""
 
@@ -128,17 +140,21 @@ NO_FAULTS = Budget()
 
 @dataclass(frozen=True)
 class Model:
-    """`layers[i]` is the stage that replica i holds; a stage with several has spares."""
+    """`layers[i]` is the stage that replica i holds; a stage with several has spares, and None is an unbound one."""
 
-    layers: tuple[int, ...] = (0, 1, 1)
+    layers: tuple[int | None, ...] = (0, 1, 1)
     num_gateways: int = 2
     num_sequences: int = 2
     num_tokens: int = 1
     max_in_flight: int = 2
     budget: Budget = NO_FAULTS
 
+    @property
+    def num_stages(self) -> int:
+        return max(stage for stage in self.layers if stage is not None) + 1
+
     def start(self) -> State:
-        replicas = tuple(_process(f"{index}.0") for index in range(len(self.layers)))
+        replicas = tuple(_process(f"{index}.0", stage) for index, stage in enumerate(self.layers))
         gateways = (Gateway(tokens=(0,) * self.num_sequences),) * self.num_gateways
         return State(replicas, gateways, frozenset(), self.budget)
 
@@ -166,6 +182,11 @@ class Model:
                 yield f"the lease of replica {index} runs out", lambda i=index, s=spent: self.expire(s, i)
             if replica.claims.owner_id and replica.claims.expired(0.0):
                 yield f"replica {index} notices that its lease ran out", lambda i=index: self.notice(state, i)
+            if replica.claims.loading and replica.kernel is None:
+                yield f"replica {index} has loaded", lambda i=index: self.loaded(state, i)
+                if budget.failed_loads:
+                    spent = state._replace(budget=budget._replace(failed_loads=budget.failed_loads - 1))
+                    yield f"replica {index} cannot load", lambda i=index, s=spent: self.load_failed(s, i)
             if budget.deaths:
                 spent = state._replace(budget=budget._replace(deaths=budget.deaths - 1))
                 yield f"replica {index} dies", lambda i=index, s=spent: self.kill(s, i)
@@ -178,6 +199,10 @@ class Model:
             elif budget.give_ups:
                 spent = state._replace(budget=budget._replace(give_ups=budget.give_ups - 1))
                 yield f"gateway {index} gives its pipeline up", lambda i=index, s=spent: self.give_up(s, i)
+            if budget.binds and gateway.phase == "idle":
+                spent = state._replace(budget=budget._replace(binds=budget.binds - 1))
+                for binding in self.bindings(state, index):
+                    yield f"gateway {index} asks: {binding}", lambda b=binding, s=spent: _send(s, b)
             if budget.gateway_deaths:
                 spent = state._replace(budget=budget._replace(gateway_deaths=budget.gateway_deaths - 1))
                 yield (
@@ -188,14 +213,23 @@ class Model:
     def chains(self, state: State) -> list[tuple[Endpoint, ...]]:
         """All complete chains of live replicas; which of them is taken is left open."""
         chains: list[tuple[Endpoint, ...]] = [()]
-        for layer in range(max(self.layers) + 1):
+        for layer in range(self.num_stages):
             live = [
                 (index, replica.claims.incarnation)
                 for index, replica in enumerate(state.replicas)
-                if replica.alive and self.layers[index] == layer
+                if replica.alive and _stage(replica) == layer
             ]
             chains = [(*chain, endpoint) for chain in chains for endpoint in live]
         return chains
+
+    def bindings(self, state: State, gateway: int) -> list[Binding]:
+        """Every bindable replica that lives, as it is now, to every stage."""
+        return [
+            Binding(gateway, (index, replica.claims.incarnation), replica.claims.epoch, stage)
+            for index, replica in enumerate(state.replicas)
+            if replica.alive and replica.claims.bindable
+            for stage in range(self.num_stages)
+        ]
 
     def _overtakes(self, state: State, message: Message) -> bool:
         if not isinstance(message, Frame | Answer):
@@ -231,14 +265,16 @@ class Model:
             claim = next_claim(gateway.granted)
             if claim is not None:
                 place, min_epoch = claim
-                return _send(state, Claim(index, gateway.attempt, gateway.chain[place], min_epoch))
+                return _send(state, Claim(index, gateway.attempt, gateway.chain[place], min_epoch, place))
             check(len(set(gateway.granted)) == 1, f"gateway {index} wires a pipeline of epochs {gateway.granted}")
             gateway = gateway._replace(phase="connecting")
         if gateway.phase == "connecting":
             place = len(gateway.chain) - 1 - gateway.num_connected
             if place >= 0:
                 following = gateway.chain[place + 1] if place + 1 < len(gateway.chain) else None
-                request = Connect(index, gateway.attempt, gateway.chain[place], gateway.granted[place], following)
+                request = Connect(
+                    index, gateway.attempt, gateway.chain[place], gateway.granted[place], following, place
+                )
                 return _send(_gateway(state, index, gateway), request)
             gateway = gateway._replace(phase="running")
         state = _gateway(state, index, gateway)
@@ -295,11 +331,13 @@ class Model:
         replica = state.replicas[index]
         try:
             if not replica.alive:
-                return state if isinstance(message, Frame | Release) else self._refused(state, message)
+                return self._refused(state, message) if isinstance(message, Claim | Connect) else state
             if isinstance(message, Claim):
                 return self._claim(state, message, replica)
             if isinstance(message, Connect):
                 return self._connect(state, message, replica)
+            if isinstance(message, Binding):
+                return self._bind(state, message, replica)
             if incarnation != replica.claims.incarnation:
                 return state  # its connection ended with that process
             if isinstance(message, Release):
@@ -312,13 +350,33 @@ class Model:
     def _claim(self, state: State, request: Claim, replica: Replica) -> State:
         claims = replica.claims.claim(
             owner_id=f"gateway {request.gateway}", incarnation=request.to[1], min_epoch=request.min_epoch,
-            lease_s=1.0, now_s=0.0,
+            lease_s=1.0, now_s=0.0, layers=(request.stage, request.stage + 1),
         )  # fmt: skip
         check(claims.epoch > replica.claims.epoch, f"epoch {claims.epoch} is granted a second time")
         check(not replica.lease_runs or replica.owner == request.gateway, "two gateways own one stage")
         replica = _next_epoch(replica, claims)._replace(owner=request.gateway, lease_runs=True)
         replica = replica._replace(replies=(*replica.replies, (request.gateway, request.attempt, claims.epoch)))
         return self._reply(_replica(state, request.to[0], replica), request.to[0])
+
+    def _bind(self, state: State, request: Binding, replica: Replica) -> State:
+        asked = Bind(f"gateway {request.gateway}", request.seen_epoch, request.stage, request.stage + 1)
+        claims = replica.claims.bind(asked, incarnation=request.to[1], lease_s=1.0, now_s=0.0)
+        if claims is replica.claims:
+            return state
+        check(claims.epoch > replica.claims.epoch, f"epoch {claims.epoch} is granted a second time")
+        check(replica.claims.epoch == request.seen_epoch, f"{request} is granted late")
+        check(not replica.claims.loading, f"{request} is granted while the replica loads")
+        check(not replica.lease_runs or replica.owner == request.gateway, "two gateways own one stage")
+        replica = _next_epoch(replica, claims)._replace(owner=request.gateway, lease_runs=True)
+        return _replica(state, request.to[0], replica)
+
+    def loaded(self, state: State, index: int) -> State:
+        replica = state.replicas[index]
+        return _replica(state, index, replica._replace(claims=replica.claims.loaded()))
+
+    def load_failed(self, state: State, index: int) -> State:
+        replica = state.replicas[index]
+        return _replica(state, index, _next_epoch(replica, replica.claims.load_failed()))
 
     def _reply(self, state: State, index: int) -> State:
         replica = state.replicas[index]
@@ -338,6 +396,7 @@ class Model:
         claims = replica.claims.connect(epoch=request.epoch, now_s=0.0)
         if request.to[1] != claims.incarnation:
             return self._refused(state, request)
+        check(_stage(replica) == request.stage, f"{request} wires a replica of stage {_stage(replica)}")
         state = _replica(state, request.to[0], replica._replace(claims=claims, following=request.following))
         gateway = state.gateways[request.gateway]
         if not (gateway.alive and gateway.phase == "connecting" and gateway.attempt == request.attempt):
@@ -391,7 +450,7 @@ class Model:
 
     def restart(self, state: State, index: int) -> State:
         number = int(state.replicas[index].claims.incarnation.partition(".")[2])
-        return _replica(state, index, _process(f"{index}.{number + 1}"))
+        return _replica(state, index, _process(f"{index}.{number + 1}", self.layers[index]))
 
     def settle(self, state: State, seen: set[State] | None = None) -> State:
         """No more faults: messages arrive, leases end where nobody renews them. Everyone must finish."""
@@ -418,6 +477,8 @@ class Model:
         for index, replica in enumerate(state.replicas):
             if replica.kernel is not None:
                 return self.finish(state, index)
+            if replica.claims.loading and replica.alive:
+                return self.loaded(state, index)
             if not replica.alive:
                 return self.restart(state, index)
         for index, gateway in enumerate(state.gateways):  # nothing of it is under way: its watchdog ends it
@@ -436,8 +497,15 @@ def _send_order(message: Message) -> tuple[int, str]:
     return (message.step_id if isinstance(message, Frame | Answer) else 0, repr(message))
 
 
-def _process(incarnation: str) -> Replica:
-    return Replica(Claims(incarnation=incarnation), Intake(0))
+def _process(incarnation: str, stage: int | None) -> Replica:
+    if stage is None:
+        return Replica(Claims(incarnation=incarnation, bindable=True, bound=False), Intake(0))
+    return Replica(Claims(incarnation=incarnation, layers=(stage, stage + 1)), Intake(0))
+
+
+def _stage(replica: Replica) -> int | None:
+    """What it holds."""
+    return replica.claims.layers[0] if replica.claims.bound else None
 
 
 def _fields(claims: Claims) -> dict[str, object]:
@@ -459,6 +527,7 @@ def _run(replica: Replica) -> Replica:
     check(frame.epoch == replica.claims.epoch, f"{frame} is executed in epoch {replica.claims.epoch}")
     check(replica.owner in (None, frame.work.owner), f"gateway {replica.owner} owns the stage that executes {frame}")
     check(replica.owner is not None, f"{frame} is executed and nobody owns the stage")
+    check(replica.claims.bound, f"{frame} is executed by a replica without a stage")
     check(frame.step_id == replica.executed + 1, f"{frame} is executed after step {replica.executed}")
     return replica._replace(kernel=frame, inbox=replica.inbox[1:], executed=frame.step_id)
 

@@ -18,10 +18,11 @@ from recovery_model import Budget, Explored, Model, explore
 from gateway.pipelines import protocol
 from gateway.pipelines.protocol import StepWindow, next_claim
 from stageline.errors import UnavailableError
-from stages.server.claims import Claims
+from stages.server.claims import Bind, Claims
 from stages.server.intake import Intake
 
 TWO_STAGES = (0, 1)  # the default has a spare of the second
+SPARE = (0, 1, None)
 SMALL = {
     "a stage dies and there is a spare": Model(budget=Budget(deaths=1, attempts=1)),
     "a stage dies, steps are repeated and overtake": Model(
@@ -39,6 +40,18 @@ SMALL = {
     ),
     "calls and steps are repeated and overtake": Model(
         layers=TWO_STAGES, num_sequences=1, budget=Budget(repeats=1, reorderings=1, expiries=1, attempts=1)
+    ),
+    "a stage dies and a spare is bound to it": Model(
+        num_gateways=1, layers=SPARE, num_sequences=1, budget=Budget(deaths=1, binds=1, failed_loads=1, attempts=2)
+    ),
+    "two gateways bind a spare to what they like": Model(
+        layers=SPARE, num_sequences=1, budget=Budget(binds=2, attempts=1)
+    ),
+    "who bound a spare is paused past its lease": Model(
+        layers=SPARE, num_sequences=1, budget=Budget(binds=1, expiries=1, attempts=1)
+    ),
+    "calls that bind are repeated": Model(
+        layers=SPARE, num_gateways=1, num_sequences=1, budget=Budget(binds=2, repeats=1, attempts=1)
     ),
     "two steps overtake": Model(num_gateways=1, layers=TWO_STAGES, budget=Budget(repeats=1, reorderings=2, attempts=1)),
 }
@@ -92,7 +105,27 @@ def _never_free(self: Claims, now_s: float) -> bool:
     return False
 
 
-GRANT, ADMIT = Claims.claim, Intake.admit
+def _claim_whatever_it_holds(self: Claims, **asked: object) -> Claims:
+    return GRANT(self, **{**asked, "layers": None})  # type: ignore[arg-type]
+
+
+def _bind_whoever_asks(self: Claims, asked: Bind, **more: object) -> Claims:
+    return BIND(replace(self, owner_id="", lease_ends_s=0.0), asked, **more)  # type: ignore[arg-type]
+
+
+def _bind_in_any_epoch(self: Claims, asked: Bind, **more: object) -> Claims:
+    return BIND(self, replace(asked, seen_epoch=self.epoch), **more)  # type: ignore[arg-type]
+
+
+def _bind_while_it_loads(self: Claims, asked: Bind, **more: object) -> Claims:
+    return BIND(replace(self, loading=False), asked, **more)  # type: ignore[arg-type]
+
+
+def _claim_while_it_loads(self: Claims) -> None:
+    return None
+
+
+GRANT, BIND, ADMIT = Claims.claim, Claims.bind, Intake.admit
 BROKEN: dict[str, tuple[object, str, Callable[..., object]]] = {
     "a lease keeps nobody out": (Claims, "claim", _grant_whoever_asks),
     "a second claim of one owner keeps the epoch": (Claims, "claim", _same_epoch_for_its_owner),
@@ -102,6 +135,11 @@ BROKEN: dict[str, tuple[object, str, Callable[..., object]]] = {
     "a step is taken twice": (Intake, "admit", _take_a_step_again),
     "a step is taken before the one before it": (Intake, "admit", _skip_steps),
     "any result is counted": (StepWindow, "take", _count_any_result),
+    "a claim takes whatever stage is held": (Claims, "claim", _claim_whatever_it_holds),
+    "a lease keeps nobody from binding": (Claims, "bind", _bind_whoever_asks),
+    "a late call binds": (Claims, "bind", _bind_in_any_epoch),
+    "a replica that loads is bound to something else": (Claims, "bind", _bind_while_it_loads),
+    "a stage that still loads is claimed": (Claims, "check_bound", _claim_while_it_loads),
     "stages of different epochs are wired": (protocol, "next_claim", _wire_unequal_epochs),
 }
 
@@ -121,12 +159,22 @@ def test_a_broken_protocol_is_found_out(fault: str, monkeypatch: pytest.MonkeyPa
 
 
 LARGE = Model(
-    layers=(0, 1, 2, 0, 1, 2, 1),
+    layers=(0, 1, 2, 0, 1, 2, None, None),
     num_gateways=3,
     num_sequences=3,
     num_tokens=3,
     max_in_flight=3,
-    budget=Budget(deaths=4, gateway_deaths=1, expiries=4, repeats=4, reorderings=4, give_ups=3, attempts=1000),
+    budget=Budget(
+        deaths=4,
+        gateway_deaths=1,
+        expiries=4,
+        repeats=4,
+        reorderings=4,
+        give_ups=3,
+        failed_loads=2,
+        binds=12,
+        attempts=1000,
+    ),
 )
 
 

@@ -299,6 +299,8 @@ class ClaimRequest(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     MIN_EPOCH_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    START_LAYER_FIELD_NUMBER: _builtins.int
+    END_LAYER_FIELD_NUMBER: _builtins.int
     owner_id: _builtins.str
     """Required. The gateway process that asks; unique per process, not per host."""
     incarnation: _builtins.str
@@ -307,6 +309,12 @@ class ClaimRequest(_message.Message):
     """The granted epoch is at least this; 0 asks for the next one."""
     lease_s: _builtins.float
     """Required. Seconds the claim lasts without a Renew; over 0."""
+    start_layer: _builtins.int
+    """First decoder layer the caller saw in Describe; with end_layer 0 any stage will do. FAILED_PRECONDITION with reason
+    STAGE_REBOUND where the replica was bound to another stage since.
+    """
+    end_layer: _builtins.int
+    """One past the last decoder layer the caller saw."""
     def __init__(
         self,
         *,
@@ -314,10 +322,12 @@ class ClaimRequest(_message.Message):
         incarnation: _builtins.str = ...,
         min_epoch: _builtins.int = ...,
         lease_s: _builtins.float = ...,
+        start_layer: _builtins.int = ...,
+        end_layer: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "lease_s", b"lease_s", "min_epoch", b"min_epoch", "owner_id", b"owner_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_layer", b"end_layer", "incarnation", b"incarnation", "lease_s", b"lease_s", "min_epoch", b"min_epoch", "owner_id", b"owner_id", "start_layer", b"start_layer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
