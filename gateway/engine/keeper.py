@@ -62,9 +62,7 @@ class Keeper:
         self._owner_id = new_owner_id()
         self._lane_numbers = itertools.count()
         self._suspects: dict[str, float] = {}  # incarnation → until when, on the monotonic clock
-        self._lost: set[str] = (
-            set()
-        )  # those of the suspects that are dead, hang or drain, and are not another gateway's
+        self._lost: set[str] = set()  # suspects that are dead, hang or drain: not those that another gateway owns
         self._drain_ends: dict[str, float] = {}  # incarnation → when it stops, on the monotonic clock
         self._patient_until_s = 0.0
         self._stopped = False
