@@ -171,9 +171,11 @@ def _lock(path: Path, timeout_s: float) -> int:
 def _typed(error: Exception) -> Exception:
     if isinstance(error, StagelineError) or not isinstance(error, sqlite3.Error):
         return error
-    if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+    # SQLite calls a quota and a limit of file sizes an I/O error of a write.
+    if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL or error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
         return ResourceExhaustedError(
-            "STATE_DISK_FULL", "the disk of the batch state is full; free some space, nothing stored was lost",
+            "STATE_DISK_FULL",
+            f"the batch state cannot grow ({error}): free some space on its disk, or raise the quota; nothing stored was lost",
             retry_after_s=10.0,
         )  # fmt: skip
     logger.error("batch state: %s", error, exc_info=error)

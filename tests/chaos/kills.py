@@ -231,6 +231,7 @@ def main() -> int:
     parser.add_argument("--model", help="default: the demo's SmolLM2-135M")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--spares", type=int, default=0, help="replicas that take any stage")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--streams", type=int, default=16)
@@ -238,12 +239,13 @@ def main() -> int:
     parser.add_argument("--num-tokens", type=int, default=100, help="tokens of each answer")
     parser.add_argument("--settle-s", type=float, default=6.0, help="longest wait between recovery and the next kill")
     args = vars(parser.parse_args())
-    model, stages, replicas = args.pop("model"), args.pop("stages"), args.pop("replicas")
+    model, flags = args.pop("model"), [f"--stages={args.pop('stages')}"]
+    flags += [f"--stages.{name}={args.pop(name)}" for name in ("replicas", "spares")]
     if model is None:
         from gateway.demo import fetch_model
 
         model = str(fetch_model())
-    with serving(model, "--stages", str(stages), "--stages.replicas", str(replicas)) as address:
+    with serving(model, *flags) as address:
         summary = run(address, **args)
     print(json.dumps(summary))
     return 1 if summary["faults"] else 0
