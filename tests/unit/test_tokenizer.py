@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import unicodedata
 from pathlib import Path
 
@@ -27,6 +29,24 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[bytes]:
     return [tokenizer.token_bytes(i) for i in tokenizer.encode(text)]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    """The gateway's event loop goes on beside the thread that has a text of megabytes."""
+    text = "hello world, how are you? " * 100_000
+    begun, turns = threading.Event(), 0
+
+    def encode() -> None:
+        begun.set()
+        tokenizer.encode(text)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    begun.wait()
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20, "the tokenizer held the GIL"
 
 
 def test_properties_of_a_folder(tokenizer: Tokenizer) -> None:
