@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from gateway.access import Doorkeeper
 from gateway.access import visit as visits
+from gateway.api.aside import aside
 from gateway.api.checks import check_token_ids
 from gateway.api.collect import Answer, collect
 from gateway.api.post import PostProcessor
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from gateway.tracing.spans import Tracing
 
 logger = logging.getLogger("stageline.gateway.requests")
-
-# Longer texts are tokenized on a thread (the tokenizer releases the GIL), so that they do not hold up the streams.
-LONG_TEXT_CHARS = 16_384
 
 
 class EngineLike(Protocol):
@@ -183,14 +180,16 @@ class Frontend:
             text = prompt.text
         else:
             return tuple(prompt.token_ids), ""
-        if len(text) > LONG_TEXT_CHARS:
-            return await asyncio.to_thread(self.tokenizer.encode, text), text
-        return self.tokenizer.encode(text), text
+        return await aside(lambda: self.tokenizer.encode(text), len(text)), text
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
         """Text of token ids. Raises InvalidArgumentError that names `field` for an id out of range."""
-        check_token_ids(token_ids, self.model.vocab_size, field)
-        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        def decode() -> str:
+            check_token_ids(token_ids, self.model.vocab_size, field)
+            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        return await aside(decode, len(token_ids))
 
     async def stream(self, accepted: Accepted) -> AsyncGenerator[ChoiceDelta]:
         """Deltas as they come. Close it (aclosing) to cancel the request."""
@@ -270,7 +269,7 @@ class Frontend:
             )
 
         num_chars = sum(len(one.text) for one in prompts if isinstance(one, TextPrompt))
-        return await asyncio.to_thread(encode) if num_chars > LONG_TEXT_CHARS else encode()
+        return await aside(encode, num_chars)
 
     def _text_so_far(self, request: GenerateRequest) -> str:
         """What the client has of a resumed choice: what its tokens released, without what a stop string held back."""

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from gateway.access import visit as visits
+from gateway.api.aside import aside
 from gateway.api.checks import fail
 from gateway.api.grpc import convert, score
 from gateway.api.service import Frontend
@@ -65,13 +66,18 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         if prompt is None:
             raise InvalidArgumentError("PROMPT_MISSING", "prompt is required: text or a conversation", field="prompt")
         token_ids, text = await self._frontend.encode(prompt)
-        pieces = [self._frontend.tokenizer.token_bytes(i) for i in token_ids] if request.return_token_bytes else ()
-        return pb.TokenizeResponse(token_ids=token_ids, text=text, token_bytes=pieces)
+        token_bytes = self._frontend.tokenizer.token_bytes
+
+        def answer() -> pb.TokenizeResponse:
+            pieces = map(token_bytes, token_ids) if request.return_token_bytes else ()
+            return pb.TokenizeResponse(token_ids=token_ids, text=text, token_bytes=pieces)
+
+        return await aside(answer, len(token_ids))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """Text of token ids."""
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        text = self._frontend.decode(tuple(request.token_ids), skip_special_tokens=skip, field="token_ids")
+        text = await self._frontend.decode(tuple(request.token_ids), skip_special_tokens=skip, field="token_ids")
         return pb.DetokenizeResponse(text=text)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:

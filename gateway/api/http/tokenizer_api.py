@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
+from gateway.api.aside import aside
 from gateway.api.http import documents
 from gateway.api.http.body import Body, NoOps
 from gateway.api.http.chat_body import ChatMessage, Tool
@@ -100,27 +101,31 @@ def router(frontend_getter: Callable[[], Frontend]) -> APIRouter:
     """The three paths."""
     paths = APIRouter()
 
-    @paths.post("/tokenize", responses=documents.errors(400, 404))
-    async def tokenize(body: TokenizeEither) -> Tokenized:
+    @paths.post("/tokenize", response_model=Tokenized, responses=documents.errors(400, 404))
+    async def tokenize(body: TokenizeEither) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
         frontend = frontend_getter()
         prompt = body.what()
         check_served(RawRequest(prompt=prompt, model=body.model), frontend.model)
         token_ids, _ = await frontend.encode(prompt)
-        strings = [frontend.tokenizer.token_bytes(i).decode("utf-8", errors="replace") for i in token_ids]
-        return Tokenized(
-            count=len(token_ids),
-            max_model_len=frontend.model.max_context_tokens,
-            tokens=list(token_ids),
-            token_strs=strings if body.return_token_strs else None,
-        )
+
+        def answer() -> str:
+            strings = (frontend.tokenizer.token_bytes(i).decode("utf-8", errors="replace") for i in token_ids)
+            return Tokenized(
+                count=len(token_ids),
+                max_model_len=frontend.model.max_context_tokens,
+                tokens=list(token_ids),
+                token_strs=list(strings) if body.return_token_strs else None,
+            ).model_dump_json()
+
+        return Response(await aside(answer, len(token_ids)), media_type="application/json")
 
     @paths.post("/detokenize", responses=documents.errors(400, 404))
     async def detokenize(body: Detokenize) -> Detokenized:
         """Text of token ids."""
         frontend = frontend_getter()
         check_served(RawRequest(prompt=TextPrompt(""), model=body.model), frontend.model)
-        return Detokenized(prompt=frontend.decode(body.tokens, skip_special_tokens=False, field="tokens"))
+        return Detokenized(prompt=await frontend.decode(body.tokens, skip_special_tokens=False, field="tokens"))
 
     @paths.get("/tokenizer_info", responses=documents.errors())
     async def tokenizer_info() -> TokenizerInfo:
