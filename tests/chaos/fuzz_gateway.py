@@ -1,0 +1,68 @@
+"""The server that fuzz.py throws at: both doors over toy stages, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+import doors_helpers
+from engine_helpers import NUM_LAYERS, Cluster, byte_tokenizer, until
+
+from gateway.api.service import Frontend
+from gateway.tokenizer import ChatTemplate
+
+
+async def serve() -> None:
+    """Both doors over toy stages until stdin ends; prints the addresses."""
+    cluster = Cluster()
+    for start, end in ((0, 2), (2, NUM_LAYERS)):
+        await cluster.add_stage(start, end, num_blocks=1024)
+    engine = await cluster.start()
+    await until(engine.ready)
+    doors = doors_helpers.Doors()
+    doors.frontend = Frontend(engine, byte_tokenizer(), ChatTemplate(doors_helpers.TEMPLATE), engine.model)
+    async with doors_helpers.open_doors(doors):
+        print(doors.grpc, doors.http, flush=True)
+        watching = asyncio.create_task(_longest_hold_s())
+        await asyncio.to_thread(sys.stdin.read)
+        watching.cancel()
+        print(round(_hold_s[0], 3), flush=True)
+    await cluster.stop()
+
+
+_hold_s = [0.0]
+
+
+async def _longest_hold_s() -> None:
+    """Keep in `_hold_s` the most CPU time that the event loop's thread took between two turns of 50 ms: how long one
+    hostile call held up the others, however busy the machine is."""
+    while True:
+        before_s = time.thread_time()
+        await asyncio.sleep(0.05)
+        _hold_s[0] = max(_hold_s[0], time.thread_time() - before_s)
+
+
+@asynccontextmanager
+async def served() -> AsyncIterator[tuple[asyncio.subprocess.Process, str, str]]:
+    """A server in a process of its own: it, its gRPC address and its HTTP URL."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.chaos.fuzz_gateway",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        line = (await asyncio.wait_for(process.stdout.readline(), 120)).decode().split()
+        yield process, line[0], line[1]
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve())
