@@ -1,4 +1,4 @@
-"""Reading manifests."""
+"""Reading manifests, and having them written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+from gateway.cli import main
+
+DEFAULT = ("plan", "--model", "qwen2-72b", "--gpu", "a100-80g:4", "--output", "k8s")
 K8S = Path(__file__).parents[2] / "k8s"
 
 
@@ -36,3 +39,19 @@ def pod_templates(manifests: list[dict[str, Any]]) -> Iterator[tuple[str, dict[s
                 yield f"{name} {group['groupName']}", group["template"]
         elif "template" in item["spec"] if "spec" in item else False:
             yield name, item["spec"]["template"]
+
+
+def planned(tmp_path: Path, *args: str) -> list[dict[str, Any]]:
+    """The objects that `stageline plan … --output k8s` writes."""
+    assert main([*DEFAULT, *args, "--output-dir", str(tmp_path)]) == 0
+    return [item for path in sorted(tmp_path.rglob("*.yaml")) for item in read_manifests(path.read_text())]
+
+
+def find(manifests: list[dict[str, Any]], kind: str, name: str | None = None) -> dict[str, Any]:
+    [item] = [m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"])]
+    return item
+
+
+def serve_config(service: dict[str, Any]) -> dict[str, Any]:
+    [data] = read_manifests(service["spec"]["serveConfigV2"])
+    return data

@@ -9,6 +9,10 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
+from ray.serve.config import AutoscalingPolicy
+from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+from gateway import config as configuration
 
 # KubeRay's are whole (crds/vendor.py). The others are written by hand from the projects' references and hold only the fields
 # that k8s/optional/ uses and their neighbours: stricter than the real ones.
@@ -76,3 +80,19 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def serve_config_errors(data: dict[str, Any]) -> list[str]:
+    """Ray's schema accepts misspelt fields in silence: compare the keys of every level as well."""
+    ServeDeploySchema.model_validate(data)
+    levels: list[tuple[str, dict[str, Any], Any]] = [("", data, ServeDeploySchema)]
+    for application in data["applications"]:
+        levels.append((application["name"], application, ServeApplicationSchema))
+        levels.append(("autoscaling_policy", application["autoscaling_policy"], AutoscalingPolicy))
+        for deployment in application.get("deployments", ()):
+            levels.append((deployment["name"], deployment, DeploymentSchema))
+            levels.append((deployment["name"], deployment.get("ray_actor_options", {}), RayActorOptionsSchema))
+    found = [f"{where}: {key}" for where, level, schema in levels for key in level.keys() - schema.model_fields.keys()]
+    for application in data["applications"]:
+        configuration.from_mapping(application["args"], source="args")  # raises for an unknown key
+    return found

@@ -8,6 +8,8 @@ the assertions compare with that.
 The network is a set: whatever is in it can arrive next or never. Steps and results arrive in order unless a reordering is
 spent. A repeated message is one that arrives and stays. Time is a
 lease that ran out, of one replica, at any moment: clocks of different hosts agree on nothing.
+
+The file is long because it is one relation: whoever asks whether a move is missing has to see all of them together.
 """
 
 from __future__ import annotations
