@@ -30,6 +30,7 @@ from gateway.serve_adapter import log_to_stderr, stage_application
 from gateway.tracing.call import open_tracing
 from stageline.errors import ConfigError
 from stages.checkpoint import open_checkpoint
+from stages.partition import LayerRange
 from stages.server.access import StageAccess
 
 logger = logging.getLogger("stageline.gateway")
@@ -69,7 +70,10 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 
 
 def application(config: configuration.Config) -> serve.Application:
-    """One deployment a stage, one of unbound spares if there are any, and one for the gateway. Raises StagelineError where the model or the split is wrong."""
+    """One deployment a stage, one of unbound spares if there are any, and one for the gateway.
+
+    Raises StagelineError where the model or the split is wrong.
+    """
     if not config.model.path:
         raise ConfigError("MODEL_MISSING", "model is required: a folder, a .gguf file, or a hub id", field="model.path")
     # Paths must mean the same in the replicas, which run elsewhere.
@@ -79,32 +83,24 @@ def application(config: configuration.Config) -> serve.Application:
     config = config.model_copy(update={"security": config.security.absolute(), "batch": config.batch.absolute()})
     checkpoint = open_checkpoint(config.model.path, revision=config.model.revision)
     ranges = resolve_layers(checkpoint.config, config.stages.count, config.stages.layers)
-    stages = [
-        stage_application(
-            f"stage-{index}",
+
+    def deploy(
+        name: str, index: int | None, layers: LayerRange | None, number: int | Mapping[str, Any]
+    ) -> serve.Application:
+        return stage_application(
+            name,
             index,
-            stage_spec(config, layers.start_layer, layers.end_layer, len(ranges)),
-            replicas=replicas(config),
+            stage_spec(config, layers, len(ranges)),
+            replicas=number,
             num_cpus=config.stages.num_cpus,
             num_gpus=config.stages.num_gpus,
             retries=3,
             drain_timeout_s=config.stages.drain_timeout_s,
         )
-        for index, layers in enumerate(ranges)
-    ]
+
+    stages = [deploy(f"stage-{index}", index, layers, replicas(config)) for index, layers in enumerate(ranges)]
     if config.stages.spares:
-        stages.append(
-            stage_application(
-                SPARE_DEPLOYMENT,
-                None,
-                stage_spec(config, None, None, len(ranges)),
-                replicas=config.stages.spares,
-                num_cpus=config.stages.num_cpus,
-                num_gpus=config.stages.num_gpus,
-                retries=3,
-                drain_timeout_s=config.stages.drain_timeout_s,
-            )
-        )
+        stages.append(deploy(SPARE_DEPLOYMENT, None, None, config.stages.spares))
     make: Any = serve.deployment  # its overloads do not know classes with an async __init__
     gateway = make(serve.ingress(_http_app)(Gateway)).options(
         name="gateway",
@@ -143,16 +139,14 @@ def autoscaling_policy(config: configuration.Config) -> dict[str, Any]:
     }
 
 
-def stage_spec(
-    config: configuration.Config, start_layer: int | None, end_layer: int | None, num_stages: int
-) -> dict[str, Any]:
-    """What a stage replica needs to know, as `stages.replica.StageSpec.from_dict` takes it; without layers, an unbound spare."""
+def stage_spec(config: configuration.Config, layers: LayerRange | None, num_stages: int) -> dict[str, Any]:
+    """What a replica needs to know, as `stages.replica.StageSpec.from_dict` takes it; without layers, an unbound spare."""
     threads = config.stages.num_threads or max(1, (os.cpu_count() or 1) // num_stages)
     return {
         "model": config.model.path,
         "revision": config.model.revision,
-        "start_layer": start_layer,
-        "end_layer": end_layer,
+        "start_layer": None if layers is None else layers.start_layer,
+        "end_layer": None if layers is None else layers.end_layer,
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
         "hidden_dtype": config.stages.hidden_dtype,

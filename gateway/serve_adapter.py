@@ -149,8 +149,8 @@ def stage_application(
     retries: int,
     drain_timeout_s: float,
 ) -> serve.Application:
-    """One deployment for stage `index`, or without one for unbound spares; `retries` bounds constructor attempts before Serve reports a failure, and what is to
-    stop gets a little longer than `drain_timeout_s`.
+    """One deployment for stage `index`, or without one for unbound spares; `retries` bounds constructor attempts before Serve
+    reports a failure, and what is to stop gets a little longer than `drain_timeout_s`.
 
     `replicas` is their number, or the fields of Serve's AutoscalingConfig.
     """

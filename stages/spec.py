@@ -14,6 +14,7 @@ QUANTIZATIONS = ("int8", "int4")
 HIDDEN_DTYPES = ("fp8", "int8")
 DEVICES = ("cpu", "cuda")
 DEFAULT_SHARED_MEMORY_BYTES = 128 << 20  # four payloads of 2,048 tokens of the 72B
+DEFAULT_QUEUE_DEPTH_STEPS = 32
 _MAX_INT32 = (1 << 31) - 1  # slots and block ids travel as int32
 _INTEGERS = (
     ("start_layer", 0, MAX_LAYERS),
@@ -59,7 +60,7 @@ class StageSpec:
     host: str = "127.0.0.1"
     port: int = 0
     revision: str | None = None
-    queue_depth_steps: int = 32
+    queue_depth_steps: int = DEFAULT_QUEUE_DEPTH_STEPS
     stall_timeout_s: float = 120.0
     drain_timeout_s: float = 20.0
     certificate_file: str | None = None

@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from gateway.engine.canary import keep_proving, prove
 from gateway.engine.choice import ChoiceState
@@ -38,6 +39,16 @@ SUSPECT_S = 5.0  # how long a replica that cannot be claimed is passed over whil
 ASK_TIMEOUT_S = 1.0
 DRAIN_PERIOD_S = 0.1  # how often a draining pipeline is looked at
 
+
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    """A replica that is passed over until then, on the monotonic clock. `lost`: it is dead, hangs or drains; others are owned by
+    another gateway."""
+
+    until_s: float
+    lost: bool
+
+
 MakeChoice = Callable[[GenerateRequest, int, Deltas], ChoiceState]
 
 
@@ -61,8 +72,7 @@ class Keeper:
         self.open_pipelines: set[Pipeline] = set()  # those that may hold leases, streams and tasks
         self._owner_id = new_owner_id()
         self._lane_numbers = itertools.count()
-        self._suspects: dict[str, float] = {}  # incarnation → until when, on the monotonic clock
-        self._lost: set[str] = set()  # suspects that are dead, hang or drain: not those that another gateway owns
+        self._suspects: dict[str, _Suspect] = {}  # by incarnation
         self._drain_ends: dict[str, float] = {}  # incarnation → when it stops, on the monotonic clock
         self._patient_until_s = 0.0
         self._stopped = False
@@ -109,9 +119,8 @@ class Keeper:
         self.notify()
         known = {record.incarnation for record in self._registry.replicas()}
         known |= {stage.incarnation for lane in self.lanes for stage in lane.stages}  # Serve lists none that drains
-        self._suspects = {name: until for name, until in self._suspects.items() if name in known}
+        self._suspects = {name: suspect for name, suspect in self._suspects.items() if name in known}
         self._drain_ends = {name: end for name, end in self._drain_ends.items() if name in known}
-        self._lost &= self._suspects.keys()
         waiting = sum(not lane.stages for lane in self.lanes)
         chains, _ = chain(self._free(None), self._fingerprint)
         for _ in range(min(len(chains) - waiting, self._num_allowed() - len(self.lanes))):
@@ -176,7 +185,7 @@ class Keeper:
                 await prove(lane, pipeline, self._make_choice, timeout_s=self._settings.canary_timeout_s)
                 lane.num_recoveries += proven
                 lane.state, proven = "ready", True
-                cut = tuple(LayerRange(stage.start_layer, stage.end_layer) for stage in stages)
+                cut = tuple(stage.layers for stage in stages)
                 self.notify()
                 logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch)
                 await self._until_over(lane, pipeline)
@@ -330,8 +339,8 @@ class Keeper:
 
     def _bind_spares(self, lane: Lane, cut: tuple[LayerRange, ...]) -> None:
         """Have spares load what a lane lost that had a pipeline of `cut`. What other gateways have is not lost."""
-        gone = (self._lost & self._suspects.keys()) | self._drain_ends.keys()
-        there = [record for record in self._free(lane) if record.incarnation not in gone]
+        lost = {name for name, suspect in self._suspects.items() if suspect.lost}
+        there = [record for record in self._free(lane) if record.incarnation not in lost]
         for binding in choose_bindings(
             cut,
             there,
@@ -343,14 +352,14 @@ class Keeper:
             self._binder.bind(binding, lane.name)
 
     def _on_draining(self, incarnation: str, remaining_s: float) -> None:
-        self._suspects[incarnation] = math.inf
+        self._suspects[incarnation] = _Suspect(until_s=math.inf, lost=True)
         self._drain_ends.setdefault(incarnation, time.monotonic() + remaining_s)
         logger.info("a stage drains, %.0f s are left", remaining_s)
         self.notify()
 
     def _trusted(self, lane: Lane) -> list[ReplicaRecord]:
-        now = time.monotonic()
-        self._suspects = {name: until for name, until in self._suspects.items() if until > now}
+        now_s = time.monotonic()
+        self._suspects = {name: suspect for name, suspect in self._suspects.items() if suspect.until_s > now_s}
         return [record for record in self._free(lane) if record.incarnation not in self._suspects]
 
     def _pick(self, candidates: list[ReplicaRecord]) -> Chain | None:
@@ -374,8 +383,8 @@ class Keeper:
                 or answer.state == pb.STAGE_STATE_DRAINING
                 or answer.busy_s > min(SUSPECT_S, self._settings.stall_timeout_s)
             )
-            if lost:
-                self._lost.add(stage.incarnation)
-            if lost or isinstance(answer, BaseException) or answer.owner_id not in ("", self._owner_id):
-                until_s = time.monotonic() + SUSPECT_S
-                self._suspects[stage.incarnation] = max(until_s, self._suspects.get(stage.incarnation, 0.0))
+            taken = not isinstance(answer, BaseException) and answer.owner_id not in ("", self._owner_id)
+            if lost or taken:
+                before = self._suspects.get(stage.incarnation, _Suspect(until_s=0.0, lost=False))
+                until_s = max(time.monotonic() + SUSPECT_S, before.until_s)
+                self._suspects[stage.incarnation] = _Suspect(until_s=until_s, lost=lost or before.lost)

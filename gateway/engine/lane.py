@@ -129,9 +129,7 @@ class Lane:
             rows = [row for step_id in step_ids for row in self._sent[step_id][0].rows]
             live = {row.sequence.sequence_id: row.sequence for row in rows if not row.sequence.finished}
             stage = self.stages[place]
-            suspects[f"{stage.start_layer}-{stage.end_layer}"] = [
-                sequence for sequence in live.values() if sequence.priority < PROBE_PRIORITY
-            ]
+            suspects[str(stage.layers)] = [sequence for sequence in live.values() if sequence.priority < PROBE_PRIORITY]
         verdict = judge(suspects)
         for sequence in verdict.alone:
             self.scheduler.run_alone(sequence.sequence_id)

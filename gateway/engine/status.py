@@ -32,7 +32,7 @@ def replica_status(record: ReplicaRecord, state: str) -> ReplicaStatus:
         node=record.node,
         address=record.address,
         state=state if record.bound else "loading" if record.loading else "unbound",
-        layers=f"{record.start_layer}-{record.end_layer}" if record.bound else "any",
+        layers=str(record.layers) if record.bound else "any",
     )
 
 

@@ -63,8 +63,8 @@ def _holders(cut: Sequence[LayerRange], replicas: Sequence[ReplicaRecord]) -> di
     steady_first = sorted(replicas, key=lambda one: (one.bindable, one.incarnation))
     holders: dict[LayerRange, ReplicaRecord] = {}
     for one in steady_first:
-        if one.bound and (layers := LayerRange(one.start_layer, one.end_layer)) in cut:
-            holders.setdefault(layers, one)
+        if one.bound and one.layers in cut:
+            holders.setdefault(one.layers, one)
     return holders
 
 

@@ -13,6 +13,7 @@ import grpc.aio
 from stageline.errors import StagelineError, UnavailableError
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stageline.stage.v1 import stage_service_pb2_grpc as pb_grpc
+from stages.partition import LayerRange
 from stages.server.access import OPEN, StageAccess
 from stages.server.link import OPTIONS
 
@@ -40,6 +41,11 @@ class ReplicaRecord:
     memory_bytes: int = 0
 
     @property
+    def layers(self) -> LayerRange:
+        """The stage it holds."""
+        return LayerRange(self.start_layer, self.end_layer)
+
+    @property
     def bound(self) -> bool:
         """Whether it holds a stage."""
         return self.end_layer > self.start_layer
@@ -56,7 +62,7 @@ class Registry:
     def set_replicas(self, source: str, records: Sequence[ReplicaRecord]) -> None:
         """Replace what one source reports."""
         self._sources[source] = tuple(records)
-        known = {record.incarnation for records in self._sources.values() for record in records}
+        known = self._reported()
         self._held = {name: held for name, held in self._held.items() if name in known}
         self.on_change()
 
@@ -69,8 +75,10 @@ class Registry:
 
     def replicas(self) -> tuple[ReplicaRecord, ...]:
         """Every replica, once."""
-        every = {record.incarnation: record for records in self._sources.values() for record in records}
-        return tuple(map(self._now, every.values()))
+        return tuple(map(self._now, self._reported().values()))
+
+    def _reported(self) -> dict[str, ReplicaRecord]:
+        return {record.incarnation: record for records in self._sources.values() for record in records}
 
     def _now(self, record: ReplicaRecord) -> ReplicaRecord:
         if record.bound or (held := self._held.get(record.incarnation)) is None:

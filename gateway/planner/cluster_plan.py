@@ -9,7 +9,6 @@ from dataclasses import replace
 from gateway.planner.catalogue import Gpu
 from gateway.planner.cost import (
     CUDA_RESERVE_BYTES,
-    QUEUE_DEPTH_STEPS,
     Step,
     activation_bytes,
     stage_cost,
@@ -20,6 +19,7 @@ from gateway.planner.split import check_num_stages, cut, resolve_layers, split, 
 from gateway.planner.types import ClusterPlan, Memory, Performance, PlannedStage, Request
 from stageline.errors import ConfigError
 from stages.partition import LayerRange, kv_bytes_per_token, num_parameters
+from stages.spec import DEFAULT_QUEUE_DEPTH_STEPS
 
 MIN_BLOCKS = 2
 
@@ -90,7 +90,7 @@ def _ranges(request: Request, gpus: Sequence[Gpu]) -> tuple[LayerRange, ...]:
 
 def in_flight(num_stages: int) -> int:
     """Micro-batches a gateway keeps in a pipeline (`gateway.pipelines.pipeline`)."""
-    return min(num_stages + 1, QUEUE_DEPTH_STEPS)
+    return min(num_stages + 1, DEFAULT_QUEUE_DEPTH_STEPS)
 
 
 def _plan(request: Request, gpus: Sequence[Gpu], ranges: Sequence[LayerRange], num_pipelines: int) -> ClusterPlan:

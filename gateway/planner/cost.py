@@ -21,7 +21,6 @@ from stages.partition import LayerRange, kv_bytes_per_token, layer_tensor_shapes
 # What the driver, the CUDA context, cuBLAS's workspaces and the kernels take before the first tensor: an assumption, on
 # the safe side of the 0.6 GiB that a driver holds back and the 0.5 GiB of a context.
 CUDA_RESERVE_BYTES = 3 << 29
-QUEUE_DEPTH_STEPS = 32  # stages.replica.StageSpec.queue_depth_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from stages.server.link import OPTIONS, Link
 from stages.server.listen import take_port
 from stages.server.loader import StageLoader
 from stages.server.streams import DataStreams
-from stages.spec import DEFAULT_SHARED_MEMORY_BYTES
+from stages.spec import DEFAULT_QUEUE_DEPTH_STEPS, DEFAULT_SHARED_MEMORY_BYTES
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class StageServer(pb_grpc.StageServiceServicer):
         *,
         fingerprint: str,
         kv_capacity_blocks: int = 0,
-        queue_depth_steps: int = 32,
+        queue_depth_steps: int = DEFAULT_QUEUE_DEPTH_STEPS,
         shared_memory_bytes: int = DEFAULT_SHARED_MEMORY_BYTES,
         loader: StageLoader | None = None,
     ) -> None:

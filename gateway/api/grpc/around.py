@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,6 @@ class Around(_Interceptor):
             return handler
         return self.wrapped(handler, details.method)
 
+    @abstractmethod
     def wrapped(self, handler: Handler, method: str) -> Handler:
         """The handler that takes the place of this one; `method` is `/package.Service/Method`."""
-        raise NotImplementedError
