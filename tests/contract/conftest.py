@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from manifest_files import K8S, read_manifests
+from manifest_files import K8S, read_folder
 
 
 @pytest.fixture(scope="session")
 def manifests() -> list[dict[str, Any]]:
     """All objects below k8s/, copies of nothing: do not change them."""
-    return [item for path in sorted(K8S.rglob("*.yaml")) for item in read_manifests(path.read_text())]
+    return read_folder(K8S)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,11 @@ def read_manifests(text: str) -> list[dict[str, Any]]:
     return [document for document in yaml.load_all(text, Loader=StrictLoader) if document]
 
 
+def read_folder(folder: Path) -> list[dict[str, Any]]:
+    """Every object of every manifest below it."""
+    return [item for path in sorted(folder.rglob("*.yaml")) for item in read_manifests(path.read_text())]
+
+
 def pod_templates(manifests: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, pod template) of everything that makes pods."""
     for item in manifests:
@@ -44,7 +49,7 @@ def pod_templates(manifests: list[dict[str, Any]]) -> Iterator[tuple[str, dict[s
 def planned(tmp_path: Path, *args: str) -> list[dict[str, Any]]:
     """The objects that `stageline plan … --output k8s` writes."""
     assert main([*DEFAULT, *args, "--output-dir", str(tmp_path)]) == 0
-    return [item for path in sorted(tmp_path.rglob("*.yaml")) for item in read_manifests(path.read_text())]
+    return read_folder(tmp_path)
 
 
 def find(manifests: list[dict[str, Any]], kind: str, name: str | None = None) -> dict[str, Any]:

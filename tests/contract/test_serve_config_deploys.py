@@ -94,7 +94,7 @@ def deployed(tmp_path_factory, ray_service) -> Iterator[Deployed]:
             assert line or head.poll() is None, "Ray did not start"
         address = f"http://127.0.0.1:{dashboard}"
         serve = [str(Path(sys.executable).with_name("serve")), "deploy", str(root / "serve.yaml"), "--address", address]
-        done = subprocess.run(serve, capture_output=True, text=True, timeout=60, env=env)
+        done = subprocess.run(serve, capture_output=True, text=True, timeout=120, env=env)
         assert done.returncode == 0, done.stderr
         wait_until_running(address)
         grpc_address = f"127.0.0.1:{args['server']['grpc_port']}"
@@ -113,7 +113,7 @@ def wait_until_running(address: str) -> None:
     deadline = time.monotonic() + START_S
     state: Any = None
     while time.monotonic() < deadline:
-        with urllib.request.urlopen(f"{address}/api/serve/applications/", timeout=10) as answer:
+        with urllib.request.urlopen(f"{address}/api/serve/applications/", timeout=60) as answer:
             state = json.load(answer)["applications"].get("stageline", {})
         if state.get("status") == "RUNNING":
             return
@@ -125,10 +125,10 @@ def wait_until_running(address: str) -> None:
 def wait_until_serving(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5)
+                answer = stub.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=20)
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             except grpc.RpcError:
@@ -137,7 +137,7 @@ def wait_until_serving(address: str) -> None:
     pytest.fail("no pipeline is ready")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_the_pipeline_is_the_planned_one(deployed: Deployed) -> None:
     with grpc.insecure_channel(deployed.grpc) as channel:
         model = InferenceServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=20)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from engine_helpers import Cluster
 from process_nursery import Nursery, ToyGateway, nursery
+
+
+@pytest.fixture
+async def cluster(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Cluster]:
+    """Toy stages and an engine over them, as a test adds them; none of our own invariants may break meanwhile."""
+    running = Cluster()
+    yield running
+    await running.stop()
+    # Recovery would hide them: a broken invariant of ours breaks the pipeline, and the next epoch computes again.
+    assert "AssertionError" not in caplog.text
+    assert "unexpected error" not in caplog.text
 
 
 @pytest.fixture(scope="module")

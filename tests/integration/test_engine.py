@@ -34,16 +34,6 @@ from stageline.errors import (
 )
 
 
-@pytest.fixture
-async def cluster(caplog):
-    running = Cluster()
-    yield running
-    await running.stop()
-    # Recovery would hide them: a broken invariant of ours breaks the pipeline, and the next epoch computes again.
-    assert "AssertionError" not in caplog.text
-    assert "unexpected error" not in caplog.text
-
-
 async def ready(cluster: Cluster, cuts: tuple[int, ...] = (0, 2, NUM_LAYERS), settings=None, **options):
     for start, end in pairwise(cuts):
         await cluster.add_stage(start, end, **options)

@@ -13,15 +13,6 @@ from stageline.errors import InternalError, UnavailableError
 POISON = 255
 
 
-@pytest.fixture
-async def cluster(caplog):
-    running = Cluster()
-    yield running
-    await running.stop()
-    assert "AssertionError" not in caplog.text
-    assert "unexpected error" not in caplog.text
-
-
 class Doctor:
     """Replaces every stage that a poisonous step ends."""
 

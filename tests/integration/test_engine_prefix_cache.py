@@ -13,15 +13,6 @@ RNG = random.Random(4)
 PREFIX = tuple(RNG.randrange(256) for _ in range(40))
 
 
-@pytest.fixture
-async def cluster(caplog):
-    running = Cluster()
-    yield running
-    await running.stop()
-    assert "AssertionError" not in caplog.text
-    assert "unexpected error" not in caplog.text
-
-
 async def start(cluster: Cluster, cuts=(0, 2, NUM_LAYERS), **settings):
     for first, last in pairwise(cuts):
         await cluster.add_stage(first, last)

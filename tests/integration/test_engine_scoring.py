@@ -22,15 +22,6 @@ from gateway.types import ScoreRequest
 from stageline.errors import DeadlineExceededError, InternalError, InvalidArgumentError
 
 
-@pytest.fixture
-async def cluster(caplog):
-    running = Cluster()
-    yield running
-    await running.stop()
-    assert "AssertionError" not in caplog.text
-    assert "unexpected error" not in caplog.text
-
-
 async def start(cluster: Cluster, *, delay_s: float = 0.0, num_blocks: int = 64, **settings):
     for cut in [(0, 1), (1, 2), (2, NUM_LAYERS)]:
         await cluster.add_stage(*cut, delay_s=delay_s, num_blocks=num_blocks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from engine_helpers import (
@@ -18,7 +17,7 @@ from engine_helpers import (
     request,
     until,
 )
-from process_nursery import Nursery, nursery
+from process_nursery import Nursery
 from stage_server_helpers import ToyLoader
 
 from gateway.engine import Engine
@@ -27,15 +26,6 @@ from stageline.errors import CheckpointError
 from stages.server.server import StageServer
 
 CUT = [(0, 1), (1, 2), (2, NUM_LAYERS)]
-
-
-@pytest.fixture
-async def cluster(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Cluster]:
-    running = Cluster()
-    yield running
-    await running.stop()
-    assert "AssertionError" not in caplog.text
-    assert "unexpected error" not in caplog.text
 
 
 async def start(cluster: Cluster, **settings: object) -> tuple[Engine, list[ToyStage]]:
@@ -133,12 +123,6 @@ async def test_two_stages_are_lost_and_there_are_two_spares(cluster: Cluster) ->
     await asyncio.gather(cluster.kill(stages[0]), cluster.kill(stages[2]))
     await check(prompts, tasks)
     assert sorted(one for loader in loaders for one in loader.loads) == ["0-1", "2-4"]
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Nursery]:
-    with nursery() as children:
-        yield children
 
 
 async def test_stages_are_killed_until_spares_serve_them_all(cluster: Cluster, children: Nursery) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,23 +45,31 @@ class Server:
     folder: Path
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("serve")
+@contextmanager
+def serving(root: Path, *flags: str) -> Iterator[Server]:
+    """Three stages of a tiny model; what it says on stderr is in `root/stderr.txt`."""
     folder = save_tiny(root / "tiny", tiny_model())
     command = ["serve", "--model", str(folder), "--layers", "0-1,1-3,3-4", "--dtype", "float32", "--grpc-port", "0",
-               "--http-port", "0", "--kv-cache.num-blocks", "64"]  # fmt: skip
+               "--http-port", "0", "--kv-cache.num-blocks", "64", *flags]  # fmt: skip
     with (root / "stderr.txt").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "gateway.cli", *command], stdout=subprocess.PIPE, stderr=log, text=True,
             env={**os.environ, "XDG_RUNTIME_DIR": str(root)},
         )  # fmt: skip
-    assert process.stdout is not None
-    line = process.stdout.readline().split()
-    assert line[:1] == ["ready"], (root / "stderr.txt").read_text()[-4000:]
-    yield Server(process, line[1].removeprefix("http://"), line[2].removeprefix("grpc://"), folder)
-    if process.poll() is None:
-        process.kill()
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline().split()
+        assert line[:1] == ["ready"], (root / "stderr.txt").read_text()[-4000:]
+        yield Server(process, line[1].removeprefix("http://"), line[2].removeprefix("grpc://"), folder)
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("serve")) as running:
+        yield running
 
 
 def generation(**stop) -> gen.Generation:

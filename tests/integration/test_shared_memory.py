@@ -352,6 +352,8 @@ async def test_stages_that_get_less_memory_than_asked_serve_over_the_socket() ->
 
 async def test_a_sender_that_dies_in_mid_step_leaves_a_stage_that_serves_the_next_one() -> None:
     """The payload is in the ring, the frame that names it never comes."""
+    gc.collect()
+    before = rings(os.getpid())  # what other tests of this process may hold
     async with running(LAST, WideRunner) as last:
         epoch = await last.start()
         results = last.results(epoch)
@@ -366,6 +368,6 @@ async def test_a_sender_that_dies_in_mid_step_leaves_a_stage_that_serves_the_nex
             assert (await result(results)).step_id == number
             forward.cancel()
             del ring
-        await until(lambda: rings(os.getpid()) == 0)  # not for the collector: it may come late
+        await until(lambda: rings(os.getpid()) <= before)  # not for the collector: it may come late
         assert last.runner.executed == [1, 2, 3]
         assert last.runner.damaged == []

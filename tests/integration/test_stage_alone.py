@@ -7,7 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import grpc.aio
 import pytest
@@ -30,21 +33,29 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("alone") / "tiny")
 
 
-def test_it_serves_its_layers_until_sigterm(folder) -> None:
+@contextmanager
+def alone(folder: Path, layers: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A stage process and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages", "--model", str(folder), "--layers", "1-3", "--port", "0", "--dtype", "float32"],
+        [sys.executable, "-m", "stages", "--model", str(folder), "--layers", layers, "--port", "0", "--dtype", "float32", *flags],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        ready, address, *layers = process.stdout.readline().split()
-        assert (ready, layers) == ("ready", ["layers", "1-3"])
-        record = asyncio.run(describe(address.removeprefix("grpc://")))
+        ready, address, *held = process.stdout.readline().split()
+        assert (ready, held) == ("ready", ["layers", layers])
+        yield process, address.removeprefix("grpc://")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_serves_its_layers_until_sigterm(folder) -> None:
+    with alone(folder, "1-3") as (process, address):
+        record = asyncio.run(describe(address))
         assert (record.start_layer, record.end_layer, record.num_layers, record.pid) == (1, 3, 4, process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
 
 
 async def test_a_spare_loads_the_stage_it_is_bound_to(folder) -> None:
@@ -77,19 +88,10 @@ async def test_a_spare_loads_the_stage_it_is_bound_to(folder) -> None:
 
 
 def test_a_spare_without_ray(folder) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stages", "--model", str(folder), "--layers", "any", "--port", "0", "--dtype", "float32"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        ready, address, *layers = process.stdout.readline().split()
-        assert (ready, layers) == ("ready", ["layers", "any"])
-        assert asyncio.run(describe(address.removeprefix("grpc://"))).bindable
+    with alone(folder, "any") as (process, address):
+        assert asyncio.run(describe(address)).bindable
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
 
 
 def test_it_refuses_strangers(folder, tmp_path) -> None:
@@ -97,22 +99,12 @@ def test_it_refuses_strangers(folder, tmp_path) -> None:
     files = authority.issue(tmp_path / "stage")
     (tmp_path / "token").write_text("5e" * 32)
     flags = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stages", "--model", str(folder), "--layers", "0-1", "--port", "0", "--dtype", "float32",
-         *flags, "--token-file", str(tmp_path / "token")],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        address = process.stdout.readline().split()[1].removeprefix("grpc://")
+    with alone(folder, "0-1", *flags, "--token-file", str(tmp_path / "token")) as (process, address):
         friend = StageAccess(**authority.issue(tmp_path / "friend"), token_file=str(tmp_path / "token"))
         assert asyncio.run(describe(address, access=friend)).pid == process.pid
         for stranger in (OPEN, StageAccess(**authority.issue(tmp_path / "stranger"))):
             with pytest.raises(UnavailableError, match="no stage answers"):
                 asyncio.run(describe(address, access=stranger))
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize(

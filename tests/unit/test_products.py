@@ -136,9 +136,18 @@ class NeighbourDependent(RowDependent):
         return out
 
 
+class SoundGate(PlainGate):
+    """Stands for the packed one on a CPU for which oneDNN packs nothing."""
+
+    def __init__(self, stacked_GI: torch.Tensor) -> None:
+        super().__init__(PlainProduct(stacked_GI, None))
+        self.name = "packed"
+
+
 @pytest.mark.parametrize("broken", [RowDependent, NeighbourDependent])
 def test_a_row_dependent_product_is_refused_and_the_plain_one_serves(broken, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(linear_module, "PackedProduct", broken)
+    monkeypatch.setattr(linear_module, "PackedGate", SoundGate)
     monkeypatch.setattr(linear_module, "can_pack", lambda weight: True)
     folder = save_tiny(tmp_path / "m")
     rows = [(0, [1, 2, 3], 3)]
