@@ -23,7 +23,7 @@ from gateway.api.service import Frontend
 from gateway.batch.opening import open_batches
 from gateway.batch.service import BatchService
 from gateway.engine import Engine, EngineSettings
-from gateway.model import load_model
+from gateway.model import configured_template, load_model
 from gateway.pipelines.discovery import Registry, ReplicaRecord
 from gateway.planner.split import resolve_layers
 from gateway.serve_adapter import log_to_stderr, stage_application
@@ -77,10 +77,12 @@ def application(config: configuration.Config) -> serve.Application:
     if not config.model.path:
         raise ConfigError("MODEL_MISSING", "model is required: a folder, a .gguf file, or a hub id", field="model.path")
     # Paths must mean the same in the replicas, which run elsewhere.
-    if os.path.exists(config.model.path):
-        absolute = {"path": os.path.abspath(config.model.path)}
-        config = config.model_copy(update={"model": config.model.model_copy(update=absolute)})
-    config = config.model_copy(update={"security": config.security.absolute(), "batch": config.batch.absolute()})
+    config = config.model_copy(
+        update={name: getattr(config, name).absolute() for name in ("model", "security", "batch")}
+    )
+    configured_template(
+        config.model
+    )  # a user hears of a wrong path here; from the replica it would be a failed deployment
     checkpoint = open_checkpoint(config.model.path, revision=config.model.revision)
     ranges = resolve_layers(checkpoint.config, config.stages.count, config.stages.layers)
 

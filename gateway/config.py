@@ -49,6 +49,19 @@ class ModelSection(_Section):
     )
     batch_invariant: bool = Field(False, description="a sequence's bits do not depend on its neighbours (slower)")
     max_context_tokens: int | None = Field(None, ge=2, description="longest prompt plus answer; default: the model's")
+    chat_template_file: str | None = Field(
+        None, description="file with a Jinja chat template; default: the model's own"
+    )
+
+    def absolute(self) -> ModelSection:
+        """With paths that mean the same in processes that run elsewhere; a hub id stays."""
+        template = self.chat_template_file
+        return self.model_copy(
+            update={
+                "path": os.path.abspath(self.path) if os.path.exists(self.path) else self.path,
+                "chat_template_file": None if template is None else os.path.abspath(template),
+            }
+        )
 
 
 class StagesSection(_Section):

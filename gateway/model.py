@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gateway.config import Config
+from gateway.config import Config, ModelSection
 from gateway.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
 from gateway.types import ModelInfo
 from stageline.errors import ConfigError
@@ -28,8 +28,9 @@ def load_model(config: Config) -> tuple[ModelInfo, Tokenizer, ChatTemplate | Non
     defaults = dict(checkpoint.generation_config)
     more = defaults.get("eos_token_id")
     more = [] if more is None else more if isinstance(more, list) else [more]
-    source = tokenizer.chat_template
-    template = ChatTemplate(source, tokenizer.special_tokens) if source is not None else None
+    configured = configured_template(config.model)
+    source = tokenizer.chat_template if configured is None else configured
+    template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
     info = ModelInfo(
         name=config.model.name or Path(config.model.path).name,
         fingerprint=checkpoint.fingerprint,
@@ -39,3 +40,18 @@ def load_model(config: Config) -> tuple[ModelInfo, Tokenizer, ChatTemplate | Non
         generation_defaults=defaults,
     )
     return info, tokenizer, template
+
+
+def configured_template(model: ModelSection) -> str | None:
+    """The source of the chat template that takes the place of the model's. Raises ConfigError for a file that cannot be read."""
+    if (file := model.chat_template_file) is None:
+        return None
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "CHAT_TEMPLATE_UNREADABLE",
+            f"model.chat_template_file cannot be read: {error}; expected a UTF-8 file with a Jinja template",
+            field="model.chat_template_file",
+            value=file,
+        ) from None

@@ -58,8 +58,9 @@ class Generator:
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, int | str]] = (),
         metadata: tuple[tuple[str, str], ...] = (),
+        constraint: gen.Constraint | None = None,
     ) -> None:
-        """`credentials` and `options` are the channels' (plain text without), `metadata` every call's."""
+        """`credentials` and `options` are the channels' (plain text without), `metadata` and `constraint` every call's."""
         options = (*options, *OPTIONS)
         self._channels = [
             grpc.aio.insecure_channel(address, options=options)
@@ -67,7 +68,7 @@ class Generator:
             else grpc.aio.secure_channel(address, credentials, options=options)
             for _ in range(NUM_CHANNELS)
         ]
-        self._metadata = metadata
+        self._metadata, self._constraint = metadata, constraint
         self._stubs = [InferenceServiceStub(channel) for channel in self._channels]
         self._random = random.Random(seed)
         self._sent = 0
@@ -100,7 +101,8 @@ class Generator:
             generation=gen.Generation(
                 token_ids=gen.TokenIds(ids=ids),
                 sampling=gen.SamplingParams(temperature=0),
-                stop=gen.StopConditions(max_tokens=shape.new_tokens, ignore_eos=True),
+                stop=gen.StopConditions(max_tokens=shape.new_tokens, ignore_eos=self._constraint is None),
+                constraint=self._constraint,
             )
         )
         outcome.sent_s = time.perf_counter()

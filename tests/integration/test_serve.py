@@ -223,6 +223,7 @@ def test_sigterm_ends_everything_it_started(server: Server) -> None:
         (("--layers", "0-3,2-4"), "overlaps"),
         (("--kv-cache.blocks", "2"), "unrecognized arguments"),
         (("--dtype", "int3"), "model.dtype"),
+        (("--model.chat-template-file", "/nowhere/a.jinja"), "model.chat_template_file cannot be read"),
     ],
 )
 def test_serve_refuses_before_anything_starts(args, says: str, server: Server) -> None:
