@@ -69,10 +69,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     finally:
         _handle_signals(signal.SIG_IGN)
-        for file in (record, token):
-            if file is not None:
-                file.unlink(missing_ok=True)
-        _shut_down()
+        if record is not None:
+            record.unlink(missing_ok=True)
+        try:
+            _shut_down()
+        finally:  # not before: the stages read it again and again
+            if token is not None:
+                token.unlink(missing_ok=True)
 
 
 def _handle_signals(handler: Any) -> None:
@@ -124,12 +127,11 @@ def _complete(config: Config) -> Config:
         raise ConfigError(
             "PORT_IN_USE", f"gRPC and HTTP cannot both listen on port {server['grpc_port']}", field="server.http_port"
         )
-    # Paths must mean the same in the replicas, which run elsewhere.
-    path = os.path.abspath(config.model.path) if os.path.exists(config.model.path) else config.model.path
-    name = config.model.name or os.path.basename(path.rstrip("/"))
+    model = config.model.absolute()
+    name = config.model.name or os.path.basename(model.path.rstrip("/"))
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": path, "name": name}),
+            "model": model.model_copy(update={"name": name}),
             "server": config.server.model_copy(update=server),
             "stages": config.stages.model_copy(update={"host": config.stages.host or "127.0.0.1"}),
             "security": config.security.absolute(),
