@@ -17,6 +17,7 @@ from test_doors_grpc import failure
 
 from gateway.api.scoring import MAX_CONTINUATIONS, MAX_SCORED_ENTRIES
 from gateway.api.service import Frontend
+from gateway.tokenizer import ChatTemplate
 from stageline.client import AsyncClient, Client
 from stageline.errors import InvalidArgumentError
 from stageline.inference.v1 import generation_pb2 as gen
@@ -34,7 +35,12 @@ async def doors():
         await cluster.add_stage(start, end, num_blocks=256)
     engine = await cluster.start()
     await until(engine.ready)
-    frontend = Frontend(engine, engine._tokenizer, None, engine.model)
+    frontend = Frontend(
+        engine,
+        engine._tokenizer,
+        ChatTemplate("{% for m in messages %}{{ m.role + m.content }}{% endfor %}"),
+        engine.model,
+    )
     async with open_doors(SimpleNamespace(frontend=frontend, engine=engine, cluster=cluster)) as opened:
         yield opened
     await cluster.stop()
@@ -325,6 +331,41 @@ async def test_prompt_logprobs_in_the_form_of_vllm(web):
         assert entry[str(token_id)]["logprob"] == pytest.approx(logprob, abs=1e-4)
         assert {1, 2} <= {one["rank"] for one in entry.values()}
         assert set(entry[str(token_id)]) == {"logprob", "rank", "decoded_token"}
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2])
+async def test_prompt_logprobs_of_a_conversation(web, max_tokens):
+    messages = [{"role": "user", "content": "hello"}]
+    prompt = (await web.post("/tokenize", json={"messages": messages})).json()["tokens"]
+    body = {"messages": messages, "max_completion_tokens": max_tokens, "prompt_logprobs": 1, "temperature": 0, "n": 2}
+    answer = (await web.post("/v1/chat/completions", json=body)).json()
+    assert [choice["logprobs"] for choice in answer["choices"]] == [None, None]
+    first, *others = answer["prompt_logprobs"]
+    assert first is None
+    got = [entry[str(token_id)]["logprob"] for entry, token_id in zip(others, prompt[1:], strict=True)]
+    assert got == pytest.approx(expected_scores(prompt, num_stages=STAGES), abs=1e-4)
+    assert answer["usage"]["completion_tokens"] == 2 * max_tokens
+    plain = (
+        await web.post("/v1/chat/completions", json={**body, "max_completion_tokens": 2, "prompt_logprobs": None})
+    ).json()
+    assert "prompt_logprobs" not in plain
+    if max_tokens:
+        assert [choice["message"] for choice in plain["choices"]] == [choice["message"] for choice in answer["choices"]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"prompt_logprobs": 21}, "num_prompt_logprobs_out_of_range"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs_streamed"),
+        ({"prompt_logprobs": None, "max_completion_tokens": 0}, "max_tokens_out_of_range"),
+    ],
+)
+async def test_a_conversation_refuses_what_cannot_be_scored(web, fields, code):
+    body = {"messages": [{"role": "user", "content": "hello"}], "prompt_logprobs": 1, **fields}
+    refused = await web.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
+    assert refused.json()["error"]["param"] in fields
 
 
 async def test_a_prompt_as_long_as_the_context(web):

@@ -79,6 +79,26 @@ class AnswerWriter:
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
         }
 
+    def _prompt_logprobs(self, entries: Sequence[TokenLogprobs], number: int) -> list[dict[str, Any] | None]:
+        """vLLM's form: by token id, the alternatives and the token itself; null for the first token."""
+
+        def one(token_id: int, logprob: float, rank: int) -> tuple[str, dict[str, Any]]:
+            return str(token_id), {"logprob": logprob, "rank": rank, "decoded_token": self._text(token_id)}
+
+        listed: list[dict[str, Any] | None] = [None]
+        for entry in entries:
+            tops = (one(*pair, place) for place, pair in enumerate(entry.top[:number], 1))
+            listed.append(dict([one(entry.token_id, entry.logprob, entry.rank), *tops]))
+        return listed
+
+    def _text(self, token_id: int) -> str:
+        """The token as text, or OpenAI's spelling of bytes that are not UTF-8 (the keys of a dict must differ)."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
     def _chunk_choice(self, delta: ChoiceDelta, index: int) -> dict[str, Any] | None:
         raise NotImplementedError
 
@@ -91,9 +111,18 @@ class ChatWriter(AnswerWriter):
 
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, num_prompt_logprobs: int | None = None) -> None:
+        """What the body asked for, beside AnswerWriter's."""
         super().__init__(*args)
+        self._num_prompt_logprobs = num_prompt_logprobs
         self._begun: set[int] = set()
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """See AnswerWriter. There is one prompt, so vLLM writes its log-probabilities beside the choices."""
+        whole = super().whole(answers)
+        if (number := self._num_prompt_logprobs) is not None:
+            whole["prompt_logprobs"] = self._prompt_logprobs(answers[0].choices[0].prompt_logprobs or (), number)
+        return whole
 
     def _chunk_choice(self, delta: ChoiceDelta, index: int) -> dict[str, Any] | None:
         content: dict[str, Any] = {}
@@ -195,26 +224,6 @@ class CompletionWriter(AnswerWriter):
             return {}
         top = {self._text(token_id): logprob for token_id, logprob in entry.top[: self._num_logprobs]}
         return {**top, self._text(entry.token_id): entry.logprob}
-
-    def _prompt_logprobs(self, entries: Sequence[TokenLogprobs], number: int) -> list[dict[str, Any] | None]:
-        """vLLM's form: by token id, the alternatives and the token itself; null for the first token."""
-
-        def one(token_id: int, logprob: float, rank: int) -> tuple[str, dict[str, Any]]:
-            return str(token_id), {"logprob": logprob, "rank": rank, "decoded_token": self._text(token_id)}
-
-        listed: list[dict[str, Any] | None] = [None]
-        for entry in entries:
-            tops = (one(*pair, place) for place, pair in enumerate(entry.top[:number], 1))
-            listed.append(dict([one(entry.token_id, entry.logprob, entry.rank), *tops]))
-        return listed
-
-    def _text(self, token_id: int) -> str:
-        """The token as text, or OpenAI's spelling of bytes that are not UTF-8 (the keys of a dict must differ)."""
-        data = self._tokenizer.token_bytes(token_id)
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 class _Offsets:

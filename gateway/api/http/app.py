@@ -109,7 +109,8 @@ def _generation(frontend_getter: Callable[[], Frontend], write_timeout_s: float)
     @router.post("/v1/chat/completions", **documents.generation(documents.ChatCompletion, documents.ChatChunk))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        return await _answer(frontend_getter(), body, request, ChatWriter, "chatcmpl", write_timeout_s)
+        writer = partial(ChatWriter, num_prompt_logprobs=body.prompt_logprobs)
+        return await _answer(frontend_getter(), body, request, writer, "chatcmpl", write_timeout_s)
 
     return router
 

@@ -18,15 +18,10 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    no_ops: ClassVar[NoOps] = {
-        **{name: values for name, values in NO_OPS.items() if name != "prompt_logprobs"},
-        "suffix": ("",),
-    }
+    no_ops: ClassVar[NoOps] = {**NO_OPS, "suffix": ("",)}
     prompt: Annotated[str | list[int] | list[str] | list[list[int]], says(minLength=1, minItems=1)]
     logprobs: Annotated[int | None, says(minimum=0, maximum=MAX_LOGPROBS)] = None
     echo: bool | None = None
-    max_tokens: Annotated[int | None, says(minimum=0)] = None  # 0 with echo or prompt_logprobs
-    prompt_logprobs: Annotated[int | None, says(minimum=0, maximum=MAX_LOGPROBS)] = None
     best_of: Annotated[int | None, says(minimum=1, maximum=MAX_CHOICES)] = None
 
     def check(self) -> None:
@@ -36,11 +31,6 @@ class CompletionBody(GenerationBody):
             raise InvalidArgumentError(
                 "BEST_OF_STREAMED", "best_of over n cannot be streamed: which choices are best is known at the end",
                 field="best_of",
-            )  # fmt: skip
-        if self.stream and self.prompt_logprobs is not None:
-            raise InvalidArgumentError(
-                "PROMPT_LOGPROBS_STREAMED", "prompt_logprobs cannot be streamed; use echo with logprobs",
-                field="prompt_logprobs",
             )  # fmt: skip
 
     def num_prompt_logprobs(self) -> int | None:

@@ -152,7 +152,7 @@ class ChatBody(GenerationBody):
         "web_search_options": (),
     }
     messages: Annotated[list[ChatMessage], says(minItems=1)]
-    max_completion_tokens: Annotated[int | None, says(minimum=1)] = None
+    max_completion_tokens: Annotated[int | None, says(minimum=0)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, says(minimum=0, maximum=MAX_LOGPROBS)] = None
     tools: Annotated[list[Tool] | None, says(maxItems=MAX_TOOLS)] = None
@@ -197,7 +197,9 @@ class ChatBody(GenerationBody):
     def raw_requests(self, request_id: str, deadline_s: float | None) -> list[RawRequest]:
         """The one request."""
         new_name = self.max_completion_tokens is not None
-        names = {**NAMES, "num_logprobs": "top_logprobs", "prompt": "messages"}
+        names = {
+            **NAMES, "num_logprobs": "top_logprobs", "num_prompt_logprobs": "prompt_logprobs", "prompt": "messages",
+        }  # fmt: skip
         return [
             self.make_raw(
                 self.prompt(),
@@ -206,6 +208,7 @@ class ChatBody(GenerationBody):
                 seed=self.seed,
                 max_tokens=self.max_completion_tokens if new_name else self.max_tokens,
                 num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+                num_prompt_logprobs=self.prompt_logprobs,
                 names={**names, "max_tokens": "max_completion_tokens"} if new_name else names,
             )
         ]

@@ -182,11 +182,12 @@ class Completion(_Envelope):
 
 
 class ChatCompletion(_Envelope):
-    """Whole answers."""
+    """Whole answers. `prompt_logprobs` where asked, as in CompletionChoice."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class CompletionChunkChoice(CompletionChoice):

@@ -16,6 +16,7 @@ from gateway.api.validate import (
     MAX_CACHE_SALT_BYTES,
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
     MAX_SEED,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -32,7 +33,6 @@ NO_OPS: NoOps = {
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "metadata": ({},),
-    "prompt_logprobs": (),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
@@ -71,7 +71,7 @@ class GenerationBody(Body, StructuredFields):
     ] = None
     seed: Annotated[int | None, says(minimum=0, maximum=MAX_SEED)] = None
     n: Annotated[int | None, says(minimum=1, maximum=MAX_CHOICES)] = None
-    max_tokens: Annotated[int | None, says(minimum=1)] = None
+    max_tokens: Annotated[int | None, says(minimum=0)] = None  # 0 where the prompt is what is asked about
     min_tokens: Annotated[int | None, says(minimum=0)] = None
     stop: Annotated[str | list[str] | None, says(maxItems=MAX_STOP_STRINGS)] = None
     stop_token_ids: Annotated[list[int] | None, says(maxItems=MAX_STOP_TOKEN_IDS)] = None
@@ -83,12 +83,19 @@ class GenerationBody(Body, StructuredFields):
     stream_options: StreamOptions | None = None
     user: str | None = None
     cache_salt: Annotated[str | None, says(minLength=1, maxLength=MAX_CACHE_SALT_BYTES)] = None
+    prompt_logprobs: Annotated[int | None, says(minimum=0, maximum=MAX_LOGPROBS)] = None
 
     def check(self) -> None:
         """Raises InvalidArgumentError for fields that contradict each other."""
         if self.stream_options is not None and not self.stream:
             raise InvalidArgumentError(
                 "STREAM_OPTIONS_WITHOUT_STREAM", "stream_options needs stream: true", field="stream_options"
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidArgumentError(
+                "PROMPT_LOGPROBS_STREAMED",
+                "prompt_logprobs cannot be streamed; send stream: false (/v1/completions streams them with echo and logprobs)",
+                field="prompt_logprobs",
             )
 
     def usage_chunks(self) -> tuple[bool, bool]:
