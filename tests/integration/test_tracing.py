@@ -14,12 +14,15 @@ import httpx
 import pytest
 from doors_helpers import Doors, open_doors
 from engine_helpers import NUM_LAYERS, Cluster, byte_tokenizer, until
+from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.sdk.trace import TracerProvider
 
 from gateway.api.service import Frontend
 from gateway.config import TracingSection
 from gateway.tracing.call import open_tracing
+from stageline.client import AsyncClient, Client
 from stageline.errors import ConfigError
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
@@ -227,3 +230,33 @@ def test_off_imports_nothing_and_a_missing_package_is_named(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
     with pytest.raises(ConfigError, match="stageline\\[tracing\\]"):
         open_tracing(TracingSection(enabled=True))
+
+
+async def test_the_python_clients_pass_the_callers_trace_on() -> None:
+    tracer = TracerProvider().get_tracer("caller")
+    async with traced() as (doors, spans):
+        with tracer.start_as_current_span("asynchronous") as outer:
+            async with AsyncClient(doors.grpc) as client:
+                assert [message async for message in client.stream_generate(generation())]
+                await client.get_model()
+
+        def call() -> trace.SpanContext:
+            with tracer.start_as_current_span("blocking") as span, Client(doors.grpc) as client:
+                client.generate(generation())
+                return span.get_span_context()
+
+        blocking = await asyncio.to_thread(call)
+        async with AsyncClient(doors.grpc) as client:
+            await client.generate(generation())
+        found = await spans()
+    servers = [span for span in found if span.name.endswith("/StreamGenerate")]
+    parents = [(span.trace_id.hex(), span.parent_span_id.hex()) for span in servers]
+    asynchronous = outer.get_span_context()
+    assert parents[:2] == [(f"{one.trace_id:032x}", f"{one.span_id:016x}") for one in (asynchronous, blocking)]
+    assert len(parents) == 3
+    assert parents[2][1] == "", "without a span there is no parent"
+
+
+def test_a_client_without_opentelemetry_does_not_import_it() -> None:
+    script = "import sys; from stageline.client.connection import trace_context as t; assert t() == (); assert 'opentelemetry' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)

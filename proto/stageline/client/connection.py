@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,7 +115,21 @@ class Endpoints:
 
     def metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
         """Of a call: one name for all of its attempts, in the server's logs."""
-        return (*self._metadata, (REQUEST_ID, request_id))
+        return (*self._metadata, *trace_context(), (REQUEST_ID, request_id))
+
+
+def trace_context() -> tuple[tuple[str, str], ...]:
+    """Of the caller's current span: W3C `traceparent`, `tracestate` and what else the process propagates.
+
+    Empty in a process that does not use opentelemetry, which the client does not need.
+    """
+    if "opentelemetry.trace" not in sys.modules:
+        return ()
+    from opentelemetry import propagate
+
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return tuple(carrier.items())
 
 
 def name_of_request(given: str) -> str:
