@@ -17,7 +17,9 @@ from stages.layers.products import (
     PlainGate,
     PlainProduct,
     Product,
+    WidenedProduct,
     can_pack,
+    is_cpu_bfloat16,
 )
 from stages.layers.quantized import Int4Product, Int8Product, dequantized_product, int4_group_size
 from stages.layers.row_independence import rows_are_independent
@@ -46,6 +48,8 @@ class ProductChooser:
         forms: list[Callable[[], Product]] = [lambda: PlainProduct(weight_OI, bias_O)]
         if self._packed and can_pack(weight_OI):
             forms.insert(0, lambda: PackedProduct(weight_OI, bias_O))
+        elif self._packed and is_cpu_bfloat16(weight_OI):
+            forms.insert(0, lambda: WidenedProduct(weight_OI, bias_O))
         return self._choose(forms, weight_OI)
 
     def gate(self, stacked_GI: Tensor) -> GateProduct:
@@ -56,6 +60,8 @@ class ProductChooser:
         forms: list[Callable[[], GateProduct]] = [lambda: PlainGate(PlainProduct(stacked_GI, None))]
         if self._packed and can_pack(stacked_GI):
             forms.insert(0, lambda: PackedGate(stacked_GI))
+        elif self._packed and is_cpu_bfloat16(stacked_GI):
+            forms.insert(0, lambda: PlainGate(WidenedProduct(stacked_GI, None)))
         return self._choose(forms, stacked_GI)
 
     def report(self) -> str:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
 
 from stageline.errors import ConfigError
 from stages.layers import linear as linear_module
+from stages.layers import products as products_module
 from stages.layers.linear import Linear, ProductChooser
 from stages.layers.ops import CHUNK_ROWS
-from stages.layers.products import PackedGate, PackedProduct, PlainGate, PlainProduct, can_pack
+from stages.layers.products import (
+    BLOCK_ELEMENTS,
+    PackedGate,
+    PackedProduct,
+    PlainGate,
+    PlainProduct,
+    WidenedProduct,
+    can_pack,
+)
 from stages.layers.row_independence import rows_are_independent
 from tests.stage_chain import Chain
 from tests.tiny import save_tiny, tiny_model
@@ -53,18 +63,55 @@ def test_packed_products_agree_with_plain_and_with_float32(inputs: int, outputs:
         close(gated(x), torch.nn.functional.silu(gate) * up)
 
 
-@needs_packing
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_widened_products_agree_with_plain_and_with_float32(inputs: int, outputs: int, rows: int, monkeypatch) -> None:
+    weight, bias, x, residual = tensors(inputs, outputs, rows)
+    exact = x.float() @ weight.float().T
+    for block_elements in (BLOCK_ELEMENTS, 5 * inputs, 1):  # one block, a last one that is smaller, and rows one by one
+        monkeypatch.setattr(products_module, "BLOCK_ELEMENTS", block_elements)
+        product = WidenedProduct(weight, bias)
+        close(product(x), exact + bias.float())
+        close(product(x, residual), exact + bias.float() + residual.float())
+        close(WidenedProduct(weight, None)(x, residual), exact + residual.float())
+        gate, up = exact.chunk(2, dim=-1)
+        close(PlainGate(WidenedProduct(weight, None))(x), torch.nn.functional.silu(gate) * up)
+
+
+def test_a_widened_product_computes_in_and_out_of_inference_mode_and_on_any_thread() -> None:
+    weight, bias, x, _ = tensors(64, 128, 16)
+    product = WidenedProduct(weight, bias)
+    results = []
+
+    def compute() -> None:
+        with torch.inference_mode():
+            results.append(product(x))
+        results.append(product(x))
+
+    threads = [threading.Thread(target=compute) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    compute()
+    assert len(results) == 8
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("form", [pytest.param("packed", marks=needs_packing), "widened"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_packed_model_agrees_with_its_plain_twin(tied: bool, tmp_path) -> None:
+def test_a_fast_model_agrees_with_its_plain_twin(tied: bool, form: str, tmp_path, monkeypatch) -> None:
+    if form == "widened":
+        monkeypatch.setattr(linear_module, "can_pack", lambda weight: False)
     folder = save_tiny(tmp_path / "model", tiny_model(tie_word_embeddings=tied))
     rows = [(i, [(7 * i + 3 * j) % 380 for j in range(length)], length) for i, length in enumerate((1, 1, 9, 30))]
     for cuts in ([0, 4], [0, 1, 4]):
-        packed = Chain(folder, cuts, dtype=torch.bfloat16)
+        fast_chain = Chain(folder, cuts, dtype=torch.bfloat16)
         plain = Chain(folder, cuts, dtype=torch.bfloat16, packed_weights=False)
         exact = Chain(folder, cuts, dtype=torch.float32)
-        assert "packed" in packed.stages[-1].model.products.report()
-        assert "packed" not in plain.stages[-1].model.products.report()
-        logits = [chain.step(rows) for chain in (packed, plain, exact)]
+        assert form in fast_chain.stages[-1].model.products.report()
+        assert form not in plain.stages[-1].model.products.report()
+        logits = [chain.step(rows) for chain in (fast_chain, plain, exact)]
         for sequence in range(len(rows)):
             fast, slow, truth = (x[sequence] for x in logits)
             spread = (slow - truth).norm() / truth.norm()
@@ -109,6 +156,7 @@ def test_rows_of_real_products_are_independent(inputs: int, outputs: int, dtype:
     if can_pack(weight.to(dtype)):
         assert rows_are_independent(PackedProduct(weight, bias), inputs, dtype)
         assert rows_are_independent(PackedGate(weight), inputs, dtype)
+    assert rows_are_independent(WidenedProduct(weight, bias), inputs, torch.bfloat16)
 
 
 class RowDependent:
