@@ -2,7 +2,8 @@
 
 `python -m benchmarks.kernels --model FOLDER`. All layers and `lm_head` in one stage, random tokens and KV. The two sides
 run in turn; a ratio is the median of the products alone over the median of the whole forward, so 1 is the bound that
-matrix products set. Prints one JSON object, then a Markdown table; `--profile` adds the operators of one case.
+matrix products set. Prints one JSON object, then a Markdown table; `--twin` times the
+slow twin of the products beside it, `--profile` adds the operators of one case.
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ NUM_BLOCKS = max(rows * -(-context // BLOCK_TOKENS) for rows, _, context, _ in C
 
 
 def load(
-    checkpoint: Checkpoint, dtype: torch.dtype, layers: LayerRange | None = None, quantization: str | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    layers: LayerRange | None = None,
+    quantization: str | None = None,
+    *,
+    packed_weights: bool = True,
 ) -> StageRunner:
     """These layers as one stage, with a KV cache; without `layers` the whole model."""
     layers = layers or LayerRange(0, checkpoint.config.num_layers)
     runner = StageRunner(
         checkpoint.config, layers, dtype=dtype, device=torch.device("cpu"), block_size_tokens=BLOCK_TOKENS,
-        quantization=quantization,
+        quantization=quantization, packed_weights=packed_weights,
     )  # fmt: skip
     load_weights(checkpoint, layers, runner.model, dtype=dtype)
     runner.allocate_kv(NUM_BLOCKS)
@@ -108,17 +114,23 @@ def main() -> int:
     parser.add_argument("--decode-runs", type=int, default=41)
     parser.add_argument("--prefill-runs", type=int, default=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--twin", action="store_true", help="also run the slow twin: weights in the checkpoint's layout"
+    )
     parser.add_argument("--profile", choices=tuple(CASES), help="also print where this case's time goes, to stderr")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    runner = load(open_checkpoint(args.model), getattr(torch, args.dtype))
+    checkpoint, dtype = open_checkpoint(args.model), getattr(torch, args.dtype)
+    runner = load(checkpoint, dtype)
+    twin = load(checkpoint, dtype, packed_weights=False) if args.twin else None
     results = {}
     for name, (rows, new_tokens, context, target) in CASES.items():
         batch = batch_of(rows, new_tokens, context, runner.config.vocab_size)
         whole = partial(runner.execute, batch, None)
         bare = products_alone(runner, rows * new_tokens, rows)
-        whole_ms, bare_ms = alternate((whole, bare), args.decode_runs if new_tokens == 1 else args.prefill_runs)
+        sides = (whole, bare) if twin is None else (whole, bare, partial(twin.execute, batch, None))
+        whole_ms, bare_ms, *twin_ms = alternate(sides, args.decode_runs if new_tokens == 1 else args.prefill_runs)
         medians = statistics.median(whole_ms), statistics.median(bare_ms)
         results[name] = {
             "whole_ms": round(medians[0], 2),
@@ -128,6 +140,7 @@ def main() -> int:
             "whole_quartiles_ms": [round(q, 2) for q in statistics.quantiles(whole_ms)],
             "products_quartiles_ms": [round(q, 2) for q in statistics.quantiles(bare_ms)],
             "runs": len(whole_ms),
+            **{"twin_ms": round(statistics.median(one), 2) for one in twin_ms},
         }
         if args.profile == name:
             with torch.profiler.profile() as profile:

@@ -17,7 +17,7 @@ PACKED_BATCH_HINT = 16
 # A widened product converts this many weights at a time, which then are still in a core's cache (2 MiB) when they are multiplied.
 BLOCK_ELEMENTS = 1 << 19
 # Below this many rows converting a weight costs more than a slow product with it; measured on a Zen 3.
-WIDENED_ROWS = 3
+WIDENED_ROWS = 4
 
 
 class Product(Protocol):
