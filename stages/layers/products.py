@@ -73,11 +73,11 @@ def is_cpu_bfloat16(weight_OI: Tensor) -> bool:
 
 
 def can_pack(weight_OI: Tensor) -> bool:
-    """Whether oneDNN packs this weight: bfloat16 on a CPU that has instructions for it."""
-    return (
-        is_cpu_bfloat16(weight_OI)
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether oneDNN packs this weight: float32, or bfloat16 on a CPU that has instructions for it."""
+    if weight_OI.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight_OI.dtype == torch.float32 or (
+        weight_OI.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 
@@ -87,7 +87,7 @@ def _pack(weight_OI: Tensor) -> Tensor:
 
 
 class PackedProduct:
-    """A bfloat16 weight in oneDNN's blocked layout; the residual is added before rounding, in the product's float32."""
+    """A weight in oneDNN's blocked layout; the residual is added before rounding, in the product's float32."""
 
     name = "packed"
 

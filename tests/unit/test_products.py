@@ -29,32 +29,36 @@ from tests.tiny import save_tiny, tiny_model
 needs_packing = pytest.mark.skipif(
     not can_pack(torch.empty(1, dtype=torch.bfloat16)), reason="oneDNN has no bfloat16 products on this CPU"
 )
+PACKED_DTYPES = [pytest.param(torch.bfloat16, marks=needs_packing), torch.float32]
 # (inputs, outputs): the 0.5B's, tiny and odd ones.
 SHAPES = [(896, 1152), (896, 896), (4864, 896), (64, 128), (42, 154), (77, 42), (1, 2)]
 ROWS = [1, 2, 3, 16, 17, 40]
 CPU = torch.device("cpu")
 
 
-def tensors(inputs: int, outputs: int, rows: int) -> tuple[torch.Tensor, ...]:
+def tensors(inputs: int, outputs: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(inputs + 31 * outputs + rows)
     shapes = (outputs, inputs), (outputs,), (rows, inputs), (rows, outputs)
     weight, bias, x, residual = (torch.randn(shape, generator=generator) for shape in shapes)
-    return tuple(t.bfloat16() for t in (weight * inputs**-0.5, bias, x, residual))
+    return tuple(t.to(dtype) for t in (weight * inputs**-0.5, bias, x, residual))
 
 
 def close(got: torch.Tensor, exact: torch.Tensor) -> None:
-    """Within a few roundings of values of up to 4 to bfloat16; a lost bias or a wrong row is off by one or more."""
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), exact, rtol=2**-6, atol=2**-5)
+    """Within a few roundings of values of up to 4 to the dtype; a lost bias or a wrong row is off by one or more."""
+    rtol, atol = (2**-6, 2**-5) if got.dtype == torch.bfloat16 else (2**-18, 2**-17)
+    torch.testing.assert_close(got.float(), exact, rtol=rtol, atol=atol)
 
 
-@needs_packing
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
-def test_packed_products_agree_with_plain_and_with_float32(inputs: int, outputs: int, rows: int) -> None:
-    weight, bias, x, residual = tensors(inputs, outputs, rows)
+def test_packed_products_agree_with_plain_and_with_float32(
+    inputs: int, outputs: int, rows: int, dtype: torch.dtype
+) -> None:
+    weight, bias, x, residual = tensors(inputs, outputs, rows, dtype)
     exact = x.float() @ weight.float().T
     for product in (PackedProduct(weight, bias), PlainProduct(weight, bias)):
+        assert product(x).dtype == dtype
         close(product(x), exact + bias.float())
         close(product(x, residual), exact + bias.float() + residual.float())
     close(PackedProduct(weight, None)(x, residual), exact + residual.float())
@@ -123,13 +127,13 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@needs_packing
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
-def test_packing_frees_the_plain_weights() -> None:
-    """8 weights of 32 MiB: packed as each is complete, so they are never all there twice."""
-    chooser, size, peak = ProductChooser(packed=True, batch_invariant=False), 4096 * 4096 * 2, 0
+def test_packing_frees_the_plain_weights(dtype: torch.dtype) -> None:
+    """8 weights of 32 or 64 MiB: packed as each is complete, so they are never all there twice."""
+    chooser, size, peak = ProductChooser(packed=True, batch_invariant=False), 4096 * 4096 * dtype.itemsize, 0
     before = resident_bytes()
-    layers = [Linear(4096, 4096, bias=False, dtype=torch.bfloat16, device=CPU, chooser=chooser) for _ in range(8)]
+    layers = [Linear(4096, 4096, bias=False, dtype=dtype, device=CPU, chooser=chooser) for _ in range(8)]
     for layer in layers:
         assert layer.weight is not None
         for start in (0, 2048):
@@ -151,12 +155,13 @@ def test_a_tied_head_is_packed_beside_the_plain_embedding(tmp_path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_rows_of_real_products_are_independent(inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    weight, bias, *_ = tensors(inputs, outputs, 1)
-    assert rows_are_independent(PlainProduct(weight.to(dtype), bias.to(dtype)), inputs, dtype)
-    if can_pack(weight.to(dtype)):
+    weight, bias, *_ = tensors(inputs, outputs, 1, dtype)
+    assert rows_are_independent(PlainProduct(weight, bias), inputs, dtype)
+    if can_pack(weight):
         assert rows_are_independent(PackedProduct(weight, bias), inputs, dtype)
         assert rows_are_independent(PackedGate(weight), inputs, dtype)
-    assert rows_are_independent(WidenedProduct(weight, bias), inputs, torch.bfloat16)
+    if dtype == torch.bfloat16:
+        assert rows_are_independent(WidenedProduct(weight, bias), inputs, dtype)
 
 
 class RowDependent:
