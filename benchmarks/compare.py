@@ -1,13 +1,13 @@
 """Decode and prefill of Stageline, transformers and, where its Python is given, vLLM: taken in turn, on the same weights and
 prompts. Prints a table and one JSON object.
 
-    python -m benchmarks.compare --model DIR [--stages 1 2] [--vllm-python /path/to/python] [--repeats 5]
+    python -m benchmarks.compare --model DIR [--stages 1 2] [--dtype bfloat16] [--vllm-python /path/to/python] [--repeats 5]
 
-bfloat16, greedy. Decode: 128-token prompts, 64 new tokens, (requests answered in full less
+Greedy. Decode: 128-token prompts, 64 new tokens, (requests answered in full less
 requests for one token alone, the same for all systems). Prefill:
 tokens of one 2,048-token prompt over its time to first token. Two limits are taken in the same turns: the model's matrix
-products alone (benchmarks/kernels.py) at the same rows and threads, and for one stream what reading the weights once a token
-allows: the best read-only sum over 2 GB, divided by their bytes.
+products alone (benchmarks/worker_products.py) at the same rows and threads, of each number of stages, and for one stream what
+reading the weights once a token allows: the best read-only sum over 2 GB, divided by their bytes.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ class Worker:
 
 
 @contextmanager
-def fresh(model: str, stages: int) -> Iterator[Contender]:
+def fresh(model: str, stages: int, dtype: str) -> Iterator[Contender]:
     """A server for one turn: Ray's own processes take a tenth of a core, also while another contender is measured."""
-    with serving(model, stages) as address:
+    with serving(model, stages, "--dtype", dtype) as address:
         server = Stageline(address)
         server.decode_rate(WARM_STREAMS)
         server.prefill_rate(PREFILL_TOKENS)
@@ -131,13 +131,13 @@ def read_marked(process: subprocess.Popen[str]) -> str:
 
 
 @contextmanager
-def working(python: str, name: str, model: str) -> Iterator[Contender]:
+def working(python: str, name: str, model: str, dtype: str, *more: str) -> Iterator[Contender]:
     """A worker script of this folder under the given Python, which may not have our packages."""
     script = Path(__file__).parent / f"worker_{name}.py"
     what = (
         ["-m", f"benchmarks.{script.stem}"] if python == sys.executable else ["-P", str(script)]
     )  # -P: `kernels` beside it is not the package
-    command = [python, *what, model, str(SHAPE.prompt_tokens), str(SHAPE.new_tokens)]
+    command = [python, *what, model, dtype, str(SHAPE.prompt_tokens), str(SHAPE.new_tokens), *more]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -147,6 +147,11 @@ def working(python: str, name: str, model: str) -> Iterator[Contender]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
         process.wait()
+
+
+def staged(num_stages: int) -> str:
+    """A number of stages in words."""
+    return f"{num_stages} stage{'s' * (num_stages > 1)}"
 
 
 def streaming_bandwidth() -> float:
@@ -169,6 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder in the Hugging Face layout")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], help="our pipelines")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all contenders")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16], help="of decode")
     parser.add_argument("--vllm-python", help="a Python that has vLLM for CPUs; without it vLLM is left out")
     parser.add_argument("--repeats", type=int, default=5)
@@ -177,13 +183,16 @@ def main() -> int:
     cases = [*(("decode", streams) for streams in args.streams), ("prefill", PREFILL_TOKENS)]
     with ExitStack() as stack:
         entered: dict[str, Callable[[], AbstractContextManager[Contender]]] = {
-            f"stageline, {n} stage{'s' * (n > 1)}": partial(fresh, args.model, n) for n in args.stages
+            f"stageline, {staged(n)}": partial(fresh, args.model, n, args.dtype) for n in args.stages
         }
-        others = {LIMIT: (sys.executable, "products"), "transformers": (sys.executable, "transformers")}
+        others: dict[str, tuple[str, ...]] = {
+            f"{LIMIT}, {staged(n)}": (sys.executable, "products", str(n)) for n in args.stages
+        }
+        others["transformers"] = (sys.executable, "transformers")
         if args.vllm_python:
             others["vllm"] = (args.vllm_python, "vllm")
-        for name, (python, script) in others.items():
-            worker = stack.enter_context(working(python, script, args.model))
+        for name, (python, script, *more) in others.items():
+            worker = stack.enter_context(working(python, script, args.model, args.dtype, *more))
             entered[name] = partial(resident, worker)
         runs: dict[str, dict[str, list[float]]] = {name: {} for name in entered}
         for turn in range(args.repeats + 1):
@@ -196,11 +205,13 @@ def main() -> int:
             so_far = {name: {case: round(rates[-1], 1) for case, rates in by.items()} for name, by in runs.items()}
             print(f"turn {turn} of {args.repeats}: {json.dumps(so_far)}", file=sys.stderr, flush=True)
     weights = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
+    weights *= 2 if args.dtype == "float32" else 1  # the files are bfloat16
     medians = {name: {case: statistics.median(rates) for case, rates in by.items()} for name, by in runs.items()}
     print(table(medians, bandwidth / weights))
     ours = {name: by for name, by in runs.items() if name.startswith("stageline")}
     report = {
         "model": Path(args.model).name,
+        "dtype": args.dtype,
         "shape": [SHAPE.prompt_tokens, SHAPE.new_tokens],
         **here(),
         "streaming_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
@@ -223,9 +234,9 @@ def main() -> int:
 def table(medians: dict[str, dict[str, float]], limit: float) -> str:
     """Tokens a second, one line a contender."""
     cases = list(next(iter(medians.values())))
-    lines = [f"{'tokens a second':24}" + "".join(f"{case:>14}" for case in cases)]
-    lines += [f"{name:24}" + "".join(f"{by[case]:>14.1f}" for case in cases) for name, by in medians.items()]
-    return "\n".join([*lines, f"{'weights / bandwidth':24}{limit:>14.1f}"])
+    lines = [f"{'tokens a second':26}" + "".join(f"{case:>14}" for case in cases)]
+    lines += [f"{name:26}" + "".join(f"{by[case]:>14.1f}" for case in cases) for name, by in medians.items()]
+    return "\n".join([*lines, f"{'weights / bandwidth':26}{limit:>14.1f}"])
 
 
 if __name__ == "__main__":

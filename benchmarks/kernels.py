@@ -87,9 +87,7 @@ def products_alone(runner: StageRunner, tokens: int, rows: int) -> Callable[[], 
             layer.o(attended_TD, hidden_TD)
             layer.gate_up(hidden_TD)
             layer.down(inner_TF, hidden_TD)
-        assert model.lm_head is not None
-        logits: Tensor = model.lm_head(last_RD)
-        return logits
+        return hidden_TD if model.lm_head is None else model.lm_head(last_RD)
 
     return run
 

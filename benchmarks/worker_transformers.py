@@ -1,4 +1,4 @@
-"""transformers for benchmarks/compare.py: MODEL PROMPT_TOKENS NEW_TOKENS; `decode STREAMS` or `prefill TOKENS` a line in, tokens a
+"""transformers for benchmarks/compare.py: MODEL DTYPE PROMPT_TOKENS NEW_TOKENS; `decode STREAMS` or `prefill TOKENS` a line in, tokens a
 second out."""
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 def main() -> None:
     """Serve until stdin ends."""
-    folder, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    folder, dtype = sys.argv[1:3]
+    prompt_tokens, new_tokens = map(int, sys.argv[3:5])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     rng = random.Random(0)
     print("@@ ready", flush=True)
     for line in sys.stdin:

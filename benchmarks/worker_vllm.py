@@ -1,4 +1,4 @@
-"""vLLM on the CPU for benchmarks/compare.py: MODEL PROMPT_TOKENS NEW_TOKENS; `decode STREAMS` or `prefill TOKENS` a line in,
+"""vLLM on the CPU for benchmarks/compare.py: MODEL DTYPE PROMPT_TOKENS NEW_TOKENS; `decode STREAMS` or `prefill TOKENS` a line in,
 tokens a second out."""
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from vllm import LLM, SamplingParams  # in its own environment
 
 def main() -> None:
     """Serve until stdin ends."""
-    folder, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    llm = LLM(model=folder, dtype="bfloat16", max_model_len=4096, enable_prefix_caching=False)
+    folder, dtype = sys.argv[1:3]
+    prompt_tokens, new_tokens = map(int, sys.argv[3:5])
+    llm = LLM(model=folder, dtype=dtype, max_model_len=4096, enable_prefix_caching=False)
     rng = random.Random(0)
     print("@@ ready", flush=True)
     for line in sys.stdin:
