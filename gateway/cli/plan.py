@@ -17,6 +17,7 @@ from gateway.planner.cluster_plan import make_cluster_plan
 from gateway.planner.cost import Link, Workload
 from gateway.planner.k8s import Deployment, as_stream, manifests, write
 from gateway.planner.nodes import cluster_gpus
+from gateway.planner.price import parse_prices, plan_cost
 from gateway.planner.report import make_plan
 from gateway.planner.split import resolve_layers
 from gateway.planner.tables import cluster_table, sizes_table
@@ -36,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     k8s.add_argument("--namespace", default=defaults.namespace, help="namespace of everything")
     k8s.add_argument("--storage-class", default=defaults.storage_class, help="StorageClass that can ReadWriteMany")
+    k8s.add_argument("--spare-gpus", dest="stages.spares", metavar="SPARES", help="the same as --stages.spares")
     k8s.add_argument(
         "--operator-namespace", default=defaults.operator_namespace, help="where the KubeRay operator runs"
     )
-    k8s.add_argument("--spare-gpus", type=int, default=0, help="GPUs of each kind beyond those of the stages")
 
 
 def add_request_arguments(parser: argparse.ArgumentParser) -> Any:
@@ -57,6 +58,11 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Any:
     parser.add_argument("--link-gbps", type=float, default=25.0, help="network between stages, gigabits a second")
     parser.add_argument("--hop-latency-ms", type=float, default=0.3, help="one message to the next stage, ms")
     parser.add_argument("--context-tokens", type=int, default=2048, help="average length of a sequence")
+    parser.add_argument(
+        "--gpu-dollars-per-hour",
+        metavar="PRICE",
+        help="of one GPU: 2.00, or l40s-48g:0.80,a10g-24g:0.35; prices a million tokens",
+    )
     return where
 
 
@@ -75,10 +81,13 @@ def run(args: argparse.Namespace) -> int:
     advice = advise(request, plan, known)
     if args.output == "k8s":
         return _manifests(args, config, request, plan, advice, known)
+    price = args.gpu_dollars_per_hour
+    cost = None if price is None else plan_cost(plan, parse_prices(price, plan.gpu_counts()))
     if args.output == "json":
-        print(json.dumps(plan.to_dict() | {"advice": advice.to_dict()}, indent=2))
+        more = {"advice": advice.to_dict(), "cost": cost and cost.to_dict()}
+        print(json.dumps(plan.to_dict() | more, indent=2))
     else:
-        print(cluster_table(request, plan, advice))
+        print(cluster_table(request, plan, advice, cost))
     return 0 if plan.fits else 1
 
 
@@ -99,7 +108,6 @@ def _manifests(
         namespace=args.namespace,
         storage_class=args.storage_class,
         operator_namespace=args.operator_namespace,
-        spare_gpus=args.spare_gpus,
         config=config,
     )
     files = manifests(plan, known, deployment)
@@ -146,6 +154,7 @@ def make_request(args: argparse.Namespace, config: Config, known: Mapping[str, G
         ),
         usable_fraction=args.usable_fraction,
         block_size_tokens=block,
+        num_spares=config.stages.spares,
     )
 
 
@@ -165,10 +174,12 @@ def check_request(args: argparse.Namespace, config: Config) -> None:
             "--context-tokens": (args.context_tokens >= 1, "at least 1"),
         }
     )
-    if args.profile and args.gpu is None and not args.cluster:
-        raise ConfigError(
-            "CONFIG_INVALID", "--profile describes GPUs by name: it needs --gpu or --cluster", field="profile"
-        )
+    if args.gpu is None and not args.cluster:
+        for flag, field in (("--profile", "profile"), ("--gpu-dollars-per-hour", "gpu_dollars_per_hour")):
+            if getattr(args, field) is not None:
+                raise ConfigError(
+                    "CONFIG_INVALID", f"{flag} is about GPUs by name: it needs --gpu or --cluster", field=field
+                )
 
 
 def check_ranges(limits: Mapping[str, tuple[bool, str]]) -> None:
@@ -183,11 +194,15 @@ def _check(args: argparse.Namespace) -> None:
     check_ranges(
         {
             "--gpu-memory-bytes": (args.gpu_memory_bytes is None or args.gpu_memory_bytes >= 1, "at least 1"),
-            "--spare-gpus": (0 <= args.spare_gpus <= 1000, "in 0 to 1000"),
         }
     )
     if args.output_dir is not None and args.output != "k8s":
         raise ConfigError("CONFIG_INVALID", "--output-dir belongs to --output k8s", field="output_dir")
+    if args.gpu_dollars_per_hour is not None and args.output == "k8s":
+        raise ConfigError(
+            "CONFIG_INVALID", "manifests hold no prices: --gpu-dollars-per-hour goes with --output table or json",
+            field="gpu_dollars_per_hour",
+        )  # fmt: skip
 
 
 def _sizes(args: argparse.Namespace, config: Config) -> int:

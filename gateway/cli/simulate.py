@@ -11,6 +11,8 @@ from gateway.cli.options import config_from
 from gateway.cli.plan import add_request_arguments, check_ranges, check_request, make_request
 from gateway.planner.catalogue import gpus, inventory_text, read_profile
 from gateway.planner.cluster_plan import make_cluster_plan
+from gateway.planner.price import Cost, parse_prices, traffic_cost
+from gateway.planner.tables import cost_lines
 from gateway.scheduler import SchedulerLimits
 from gateway.simulator import Failures, GatewayCost, Result, Scenario, Traffic, simulate
 from gateway.simulator.recovery import Recovery, recoveries
@@ -64,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Simulate and print. Exit code 1 where the plan does not fit."""
     scenario = make_scenario(args)
+    counts = scenario.gpu_counts()
+    prices = None if args.gpu_dollars_per_hour is None else parse_prices(args.gpu_dollars_per_hour, counts)
     result = simulate(scenario)
+    cost = None if prices is None else traffic_cost(counts, prices, result.output_tokens_per_s)
     pauses: tuple[Recovery, ...] = ()
     if args.live_tokens is not None:
         full, rest = divmod(args.live_tokens, args.context_tokens)
@@ -72,9 +77,10 @@ def run(args: argparse.Namespace) -> int:
         pauses = recoveries(scenario, lengths, lost_stage=len(scenario.plan.stages) // 2)
     if args.output == "json":
         found = {one.strategy: percentiles(one.pauses_s) for one in pauses}
-        print(json.dumps({"plan": scenario.plan.to_dict(), **result.to_dict(), "recovery_s": found}, indent=2))
+        more = {"recovery_s": found, "cost": cost and cost.to_dict()}
+        print(json.dumps({"plan": scenario.plan.to_dict(), **result.to_dict(), **more}, indent=2))
     else:
-        print(table(scenario, result, pauses))
+        print(table(scenario, result, pauses, cost))
     return 0
 
 
@@ -165,7 +171,7 @@ def make_scenario(args: argparse.Namespace) -> Scenario:
     )  # fmt: skip
 
 
-def table(scenario: Scenario, result: Result, pauses: tuple[Recovery, ...] = ()) -> str:
+def table(scenario: Scenario, result: Result, pauses: tuple[Recovery, ...] = (), cost: Cost | None = None) -> str:
     """For people: milliseconds, per cents, and the assumptions."""
     plan, kinds = scenario.plan, inventory_text(scenario.request.gpus[: len(scenario.plan.stages)])
     lines = [
@@ -192,6 +198,7 @@ def table(scenario: Scenario, result: Result, pauses: tuple[Recovery, ...] = ())
             f"{one.strategy:<10} pause of {len(one.pauses_s)} sequences after a death: {_ms(percentiles(one.pauses_s))}; "
             f"{one.kept_bytes_per_token:,} bytes kept and {one.sent_bytes_per_token:,} sent a token and stage"
         )
+    lines += [] if cost is None else cost_lines(cost)
     lines.append("Stage times are the planner's (rooflines unless --profile was measured); prompts share no prefixes.")
     return "\n".join(lines)
 

@@ -151,6 +151,8 @@ def _plan(request: Request, gpus: Sequence[Gpu], ranges: Sequence[LayerRange], n
         kv_capacity_tokens=blocks * block,
         fits=fits,
         performance=_performance(request, stages, sequences, flights, rows) if fits else None,
+        num_spares=request.num_spares,
+        spare_gpu=max(stages, key=lambda one: one.memory.used_bytes).gpu if fits and request.num_spares else None,
     )
 
 

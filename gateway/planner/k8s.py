@@ -25,7 +25,7 @@ STAGES_MOUNT, DOOR_MOUNT = "/etc/stageline/stages", "/etc/stageline/door"  # Sec
 # Fields that the plan or the cluster decides. The second group would be overruled without a word: it is refused.
 _DECIDED = {"model.path", "model.name", "model.dtype", "model.revision", "stages.count", "stages.layers",
             "kv_cache.block_size_tokens"}  # fmt: skip
-_NOT_HERE = {"stages.replicas", "stages.spares", "stages.device", "stages.num_cpus", "stages.num_gpus", "stages.host",
+_NOT_HERE = {"stages.replicas", "stages.device", "stages.num_cpus", "stages.num_gpus", "stages.host",
              "kv_cache.num_blocks", "kv_cache.memory_bytes", "server.host", "server.grpc_port", "server.http_port",
              "server.ready_timeout_s"}  # fmt: skip
 POLICY = "gateway.autoscale.policy:LockstepPolicy"  # as gateway.app.autoscaling_policy declares it
@@ -50,7 +50,6 @@ class Deployment:
     namespace: str = "stageline"
     storage_class: str = "rwx"
     operator_namespace: str = "kuberay-system"
-    spare_gpus: int = 0
     config: Config = field(default_factory=Config)
 
 
@@ -185,20 +184,22 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
         {
             "name": f"gpu-{gpu}",
             "gpu": gpu,
-            "replicas": count * max(1, fewest) + deployment.spare_gpus,
-            "min_replicas": count * fewest + deployment.spare_gpus,
-            "max_replicas": count * most + deployment.spare_gpus,
-            "spare": deployment.spare_gpus,
+            "replicas": count * max(1, fewest) + spares,
+            "min_replicas": count * fewest + spares,
+            "max_replicas": count * most + spares,
+            "spares": spares,
             "products": _products(gpus[gpu]),
         }
         for gpu, count in counts.items()
+        for spares in [plan.num_spares if gpu == plan.spare_gpu else 0]
     ]
-    inventory = " and ".join(f"{count * plan.num_pipelines} x {gpu}" for gpu, count in counts.items())
+    inventory = " and ".join(f"{count} x {gpu}" for gpu, count in plan.gpu_counts().items())
     args = _arguments(plan, deployment.config, f"{MODELS_MOUNT}/{name}", name)
     image = f"{deployment.image}:{deployment.version}"
     return {
         "title": f"{name} on {inventory}: {plan.num_pipelines} pipeline{'s' * (plan.num_pipelines > 1)} of "
-        f"{len(plan.stages)} stages",
+        f"{len(plan.stages)} stages"
+        + (f", {plan.num_spares} spare{'s' * (plan.num_spares > 1)}" if plan.num_spares else ""),
         "namespace": deployment.namespace,
         "operator_namespace": deployment.operator_namespace,
         "storage_class": deployment.storage_class,
@@ -220,8 +221,9 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
         "gateway_grace_s": math.ceil(args["server"]["drain_timeout_s"]) + 60,
         "kv_tokens": f"{plan.kv_capacity_tokens:,}",
         "stages": plan.stages,
+        "spare_gpu": plan.spare_gpu,
         "gpu_groups": groups,
-        "min_available": max(0, len(plan.stages) * fewest - 1),
+        "min_available": max(0, len(plan.stages) * fewest + plan.num_spares - 1),
         "cpu_image": f"{image}-cpu",
         "cuda_image": f"{image}-cuda",
         "ray_version": metadata.version("ray"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gateway.planner.advice import Advice
 from gateway.planner.catalogue import inventory_text
+from gateway.planner.price import Cost
 from gateway.planner.report import Plan
 from gateway.planner.types import ClusterPlan, Request
 
@@ -28,8 +29,8 @@ def sizes_table(plan: Plan) -> str:
     return "\n".join([*rows, f"{plan.parameters:,} parameters; {verdict}"])
 
 
-def cluster_table(request: Request, plan: ClusterPlan, advice: Advice) -> str:
-    """Everything a plan says: memory of each GPU, times of each stage and hop, what binds, what would help."""
+def cluster_table(request: Request, plan: ClusterPlan, advice: Advice, cost: Cost | None = None) -> str:
+    """Everything a plan says: memory of each GPU, times of each stage and hop, what binds, what would help, what it costs."""
     work = request.workload
     pipelines = "1 pipeline" if plan.num_pipelines == 1 else f"{plan.num_pipelines} pipelines"
     lines = [
@@ -51,6 +52,8 @@ def cluster_table(request: Request, plan: ClusterPlan, advice: Advice) -> str:
         return "\n".join(
             [*lines, "", "does not fit: a stage has no room for 2 KV blocks beside its weights", *advice.help]
         )
+    if plan.spare_gpu is not None:
+        lines.append(f"{plan.num_spares} more {plan.spare_gpu} wait as spares: each can take any of these stages")
     perf = plan.performance
     rows = -(-perf.sequences // perf.in_flight)
     lines += [
@@ -74,6 +77,23 @@ def cluster_table(request: Request, plan: ClusterPlan, advice: Advice) -> str:
         f"in flight; {perf.prefill_tokens_per_s * plan.num_pipelines:,.0f} tokens/s of prompts",
         f"bound by: {advice.binding}",
         *(f"  {line}" for line in advice.help),
+        *([] if cost is None else cost_lines(cost)),
         "Times are rooflines of the catalogue's peak rates (bounds, not measurements); hops as measured over loopback.",
     ]
     return "\n".join(lines)
+
+
+def cost_lines(cost: Cost) -> list[str]:
+    """Dollars of a million tokens, and under which assumptions."""
+    parts = [
+        f"${dollars:,.2f} a million {what} tokens"
+        for what, dollars in (
+            ("output", cost.dollars_per_million_output_tokens),
+            ("prompt", cost.dollars_per_million_prompt_tokens),
+        )
+        if dollars is not None
+    ]
+    return [
+        f"cost: {', '.join(parts) or 'nothing was generated'}; ${cost.dollars_per_hour:,.2f} an hour for {cost.num_gpus} GPUs",
+        *(f"  {line}" for line in cost.assumptions),
+    ]

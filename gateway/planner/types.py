@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +14,8 @@ from stages.config import ModelConfig
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What to plan. `gpus` are all GPUs there are, in the order written; `num_stages` (default: one a GPU) and `layers`
-    as in the configuration. `usable_fraction` of a GPU's memory may be used, the rest stays unassigned."""
+    as in the configuration. `usable_fraction` of a GPU's memory may be used, the rest stays unassigned. `num_spares` GPUs
+    more, besides `gpus`, hold a replica each that can take any stage (`stages.spares`)."""
 
     model: str
     config: ModelConfig
@@ -25,6 +27,7 @@ class Request:
     workload: Workload = field(default_factory=Workload)
     usable_fraction: float = 0.9
     block_size_tokens: int = 256
+    num_spares: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,11 @@ class Memory:
     activation_bytes: int
     cuda_reserve_bytes: int
     unassigned_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        """All that is assigned."""
+        return self.total_bytes - self.unassigned_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +82,11 @@ class Performance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
-    """A plan. `kv_capacity_tokens` and `performance` are those of one pipeline, of which there are `num_pipelines`."""
+    """A plan. `kv_capacity_tokens` and `performance` are those of one pipeline, of which there are `num_pipelines`.
+
+    `spare_gpu` is what each of `num_spares` spares runs on: the kind that holds the stage with the most bytes, so that it
+    has room for any other; None without spares, and where nothing fits.
+    """
 
     model: str
     dtype: str
@@ -86,6 +98,8 @@ class ClusterPlan:
     kv_capacity_tokens: int
     fits: bool
     performance: Performance | None
+    num_spares: int = 0
+    spare_gpu: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -94,3 +108,10 @@ class ClusterPlan:
     def layers(self) -> str:
         """The split as `stages.layers` takes it."""
         return ",".join(stage.layers for stage in self.stages)
+
+    def gpu_counts(self) -> dict[str, int]:
+        """How many GPUs of each kind all pipelines and spares take together."""
+        counts = {kind: count * self.num_pipelines for kind, count in Counter(s.gpu for s in self.stages).items()}
+        if self.spare_gpu is not None:
+            counts[self.spare_gpu] += self.num_spares
+        return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from gateway.planner.types import ClusterPlan, Request
@@ -79,6 +80,13 @@ class Scenario:
     warmup_s: float = 20.0
     cores: int | None = None
     seed: int = 0
+
+    def gpu_counts(self) -> dict[str, int]:
+        """GPUs of each kind, spares included: what a spare runs on has room for the largest stage."""
+        counts = {kind: count * self.pipelines for kind, count in Counter(s.gpu for s in self.plan.stages).items()}
+        largest = max(self.plan.stages, key=lambda stage: stage.memory.used_bytes)
+        counts[largest.gpu] += self.failures.spares * self.gateways
+        return counts
 
     def __post_init__(self) -> None:
         assert self.plan.fits

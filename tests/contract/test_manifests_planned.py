@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from manifest_files import DEFAULT, find, planned, read_manifests, serve_config
+from manifest_files import DEFAULT, find, planned, read_folder, read_manifests, serve_config
 from schemas import errors_of, serve_config_errors
 
 from gateway import config as configuration
-from gateway.app import autoscaling_policy
+from gateway.app import SPARE_DEPLOYMENT, autoscaling_policy
 from gateway.cli import main
 
 
@@ -34,10 +35,11 @@ def test_demand_decides_within_the_pods_there_may_be(tmp_path: Path, ray_service
     assert policy_of(ray_service) == {"min": 1, "max": 1, "sequences": 64}
     assert bounds(ray_service) == (4, 4, 4)
     more = ("--pipelines.max", "3", "--pipelines.target-sequences", "16", "--pipelines.idle-s", "900")
-    some = planned(tmp_path / "some", *more, "--spare-gpus", "1")
+    some = planned(tmp_path / "some", *more, "--stages.spares", "1")
     assert policy_of(find(some, "RayService")) == {"min": 1, "max": 3, "idle_s": 900.0, "target_sequences": 16,
                                                    "sequences": 16}  # fmt: skip
     assert bounds(find(some, "RayService")) == (5, 5, 13)
+    assert find(some, "PodDisruptionBudget")["spec"]["minAvailable"] == 4  # one pod at a time, whichever it is
     none = planned(tmp_path / "none", *more, "--pipelines.min", "0")  # batch only: no GPU while there is nothing to do
     assert bounds(find(none, "RayService")) == (0, 4, 12)
     assert find(none, "PodDisruptionBudget")["spec"]["minAvailable"] == 0
@@ -74,6 +76,37 @@ def test_a_mixed_inventory_has_a_group_a_kind(tmp_path: Path) -> None:
     assert sorted(kinds) == ["a10g-24g"] * 2 + ["l40s-48g"] * 4 + ["stageline-gateway"]
 
 
+def test_a_spare_has_a_replica_and_a_gpu_with_room_for_any_stage(tmp_path: Path, capsys) -> None:
+    args = ["plan", "--model", "qwen2-72b", "--gpu", "a10g-24g:2,l40s-48g:4", "--stages.spares", "2"]
+    assert main([*args, "--output", "k8s", "--output-dir", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main([*args, "--output", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    kinds = {stage["gpu"]: stage["memory"]["total_bytes"] for stage in plan["stages"]}
+    used = [stage["memory"]["total_bytes"] - stage["memory"]["unassigned_bytes"] for stage in plan["stages"]]
+    assert plan["num_spares"] == 2
+    assert kinds["a10g-24g"] < max(used) <= 0.9 * kinds[plan["spare_gpu"]]
+    objects = read_folder(tmp_path)
+    service = find(objects, "RayService")
+    assert errors_of(service) == []
+    assert serve_config_errors(serve_config(service)) == []
+    groups = {
+        group["groupName"]: (group["minReplicas"], group["replicas"], group["maxReplicas"])
+        for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    }
+    assert groups == {"gateway": (1, 1, 1), "gpu-a10g-24g": (2, 2, 2), "gpu-l40s-48g": (6, 6, 6)}
+    [application] = serve_config(service)["applications"]
+    assert application["args"]["stages"]["spares"] == 2
+    [spare] = [one for one in application["deployments"] if one["name"] == SPARE_DEPLOYMENT]
+    assert spare["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 1, "resources": {"l40s-48g": 1}}
+    assert find(objects, "PodDisruptionBudget")["spec"]["minAvailable"] == 7
+
+
+def test_spare_gpus_is_another_name_of_stages_spares(tmp_path: Path) -> None:
+    written = [planned(tmp_path / flag, flag, "1") for flag in ("--stages.spares", "--spare-gpus")]
+    assert written[0] == written[1]
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -81,7 +114,8 @@ def test_a_mixed_inventory_has_a_group_a_kind(tmp_path: Path) -> None:
         (("--namespace", "x" * 64), "--namespace"),
         (("--image", "a b"), "--image"),
         (("--storage-class", "'"), "--storage-class"),
-        (("--spare-gpus", "-1"), "--spare-gpus"),
+        (("--spare-gpus", "-1"), "stages.spares"),
+        (("--gpu-dollars-per-hour", "2"), "manifests hold no prices"),
         (("--output-dir", "/proc/nothing"), "/proc/nothing"),
     ],
 )

@@ -1,13 +1,15 @@
 """The application of k8s/30-rayservice.yaml, deployed on a local Ray by `serve deploy`, answers requests.
 
 Ray is told that it has the cluster's GPUs and pods, so resources stay as they are; what is replaced is the model's folder
-(tiny weights with 80 layers), the device (CPU) and the ports.
+(tiny weights with 80 layers), the device (CPU) and the ports. Then the one with a spare is deployed over it, as an edit of
+serveConfigV2 would be.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import httpx
 import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from manifest_files import find, planned, serve_config
 
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
@@ -38,14 +41,51 @@ sys.stdin.read()
 """
 SERVICE = "stageline.inference.v1.InferenceService"
 START_S = 240
+PROMPT = [5, 77, 300, 12, 9, 9, 41]
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @dataclass
 class Deployed:
+    """An application on a local Ray. `replaced` are the arguments that are not the cluster's."""
+
     grpc: str
     http: str
     config: dict[str, Any]
-    model: Path
+    replaced: dict[str, dict[str, Any]]
+    dashboard: str
+    root: Path
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """`serve deploy`, and wait until it serves."""
+        self.config = config
+        for section, fields in self.replaced.items():
+            config["applications"][0]["args"][section] |= fields
+        url = httpx.URL(self.http)
+        config["http_options"] |= {"host": url.host, "port": url.port}
+        (self.root / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(self.root / "serve.yaml")]
+        done = subprocess.run(
+            [*command, "--address", self.dashboard], capture_output=True, text=True, timeout=120, env=ENVIRONMENT
+        )
+        assert done.returncode == 0, done.stderr
+        wait_until_running(self.dashboard)
+        wait_until_serving(self.grpc)
+
+    def model(self) -> pb.GetModelResponse:
+        with grpc.insecure_channel(self.grpc) as channel:
+            return InferenceServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=20)
+
+    def generate(self, max_tokens: int) -> pb.GenerateResponse:
+        """Greedy."""
+        generation = gen.Generation(
+            token_ids=gen.TokenIds(ids=PROMPT),
+            sampling=gen.SamplingParams(temperature=0),
+            stop=gen.StopConditions(max_tokens=max_tokens, ignore_eos=True),
+        )
+        with grpc.insecure_channel(self.grpc) as channel:
+            request = pb.GenerateRequest(generation=generation)
+            return InferenceServiceStub(channel).Generate(request, timeout=60)
 
 
 def free_port() -> int:
@@ -67,39 +107,39 @@ def cluster_resources(service: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory, ray_service) -> Iterator[Deployed]:
+def with_spare(tmp_path_factory) -> dict[str, Any]:
+    return find(planned(tmp_path_factory.mktemp("spare"), "--stages.spares", "1"), "RayService")
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory, ray_service, with_spare) -> Iterator[Deployed]:
     root = tmp_path_factory.mktemp("deploy")
     small = tiny_model(
         num_hidden_layers=80, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1
     )
     model = save_tiny(root / "tiny", small)
-    config = yaml.safe_load(ray_service["spec"]["serveConfigV2"])
-    args = config["applications"][0]["args"]
-    args["model"]["path"] = str(model)
-    args["stages"]["device"] = "cpu"
     (root / "token").write_text("0" * 64)
-    args["security"]["stage_token_file"] = str(root / "token")
-    args["server"] |= {"host": "127.0.0.1", "grpc_port": free_port()}
-    config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
-    (root / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    dashboard = free_port()
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    dashboard, grpc_port, http_port = free_port(), free_port(), free_port()
+    replaced: dict[str, dict[str, Any]] = {
+        "model": {"path": str(model)},
+        "stages": {"device": "cpu"},
+        "security": {"stage_token_file": str(root / "token")},
+        "server": {"host": "127.0.0.1", "grpc_port": grpc_port},
+    }
     head = subprocess.Popen(
-        [sys.executable, "-c", HEAD, str(dashboard), json.dumps(cluster_resources(ray_service))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env,
+        [sys.executable, "-c", HEAD, str(dashboard), json.dumps(cluster_resources(with_spare))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     try:
         assert head.stdout is not None
         while (line := head.stdout.readline().strip()) != "ready":
             assert line or head.poll() is None, "Ray did not start"
-        address = f"http://127.0.0.1:{dashboard}"
-        serve = [str(Path(sys.executable).with_name("serve")), "deploy", str(root / "serve.yaml"), "--address", address]
-        done = subprocess.run(serve, capture_output=True, text=True, timeout=120, env=env)
-        assert done.returncode == 0, done.stderr
-        wait_until_running(address)
-        grpc_address = f"127.0.0.1:{args['server']['grpc_port']}"
-        wait_until_serving(grpc_address)
-        yield Deployed(grpc_address, f"http://127.0.0.1:{config['http_options']['port']}", config, model)
+        here = Deployed(
+            grpc=f"127.0.0.1:{grpc_port}", http=f"http://127.0.0.1:{http_port}", config={}, replaced=replaced,
+            dashboard=f"http://127.0.0.1:{dashboard}", root=root,
+        )  # fmt: skip
+        here.deploy(serve_config(ray_service))
+        yield here
     finally:
         assert head.stdin is not None
         head.stdin.close()  # the head's process ends, and with it everything that Ray started
@@ -139,31 +179,44 @@ def wait_until_serving(address: str) -> None:
 
 @pytest.mark.timeout(400)
 def test_the_pipeline_is_the_planned_one(deployed: Deployed) -> None:
-    with grpc.insecure_channel(deployed.grpc) as channel:
-        model = InferenceServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=20)
+    model = deployed.model()
     args = deployed.config["applications"][0]["args"]
     assert model.name == args["model"]["name"] == "Qwen2-72B"
     [pipeline] = model.pipelines
     assert ",".join(stage.layers for stage in pipeline.stages) == args["stages"]["layers"]
     assert pipeline.num_blocks == args["kv_cache"]["num_blocks"]
-    pids = [replica.pid for stage in pipeline.stages for replica in stage.replicas]
-    assert len(set(pids)) == len(pipeline.stages) == 4
+    assert len(set(pids(model))) == len(pipeline.stages) == 4
+    assert not model.spares
 
 
 @pytest.mark.timeout(120)
 def test_both_doors_answer_the_same(deployed: Deployed) -> None:
-    prompt = [5, 77, 300, 12, 9, 9, 41]
-    generation = gen.Generation(
-        token_ids=gen.TokenIds(ids=prompt),
-        sampling=gen.SamplingParams(temperature=0),
-        stop=gen.StopConditions(max_tokens=8, ignore_eos=True),
-    )
-    with grpc.insecure_channel(deployed.grpc) as channel:
-        answer = InferenceServiceStub(channel).Generate(pb.GenerateRequest(generation=generation), timeout=60)
+    answer = deployed.generate(8)
     [choice] = answer.choices
     assert len(choice.token_ids) == answer.usage.completion_tokens == 8
     assert choice.finish_reason == gen.FINISH_REASON_LENGTH
-    body = {"model": "Qwen2-72B", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    body = {"model": "Qwen2-72B", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     reply = httpx.post(f"{deployed.http}/v1/completions", json=body, timeout=60).json()
     assert reply["choices"][0]["text"] == choice.text
     assert reply["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.timeout(300)
+def test_with_a_spare_it_deploys_too_and_the_spare_takes_a_lost_stage(deployed: Deployed, with_spare) -> None:
+    before = deployed.generate(8)
+    deployed.deploy(serve_config(with_spare))
+    deadline = time.monotonic() + 120
+    while not (spares := deployed.model().spares):
+        assert time.monotonic() < deadline, "no spare"
+        time.sleep(0.1)
+    [spare] = spares
+    assert (spare.state, spare.layers) == ("unbound", "any")
+    os.kill(pids(deployed.model())[1], signal.SIGKILL)  # the stage with most bytes
+    assert deployed.generate(8).choices == before.choices
+    assert pids(deployed.model())[1] == spare.pid
+
+
+def pids(model: pb.GetModelResponse) -> list[int]:
+    """Of the one pipeline's stages, in order."""
+    [pipeline] = model.pipelines
+    return [replica.pid for stage in pipeline.stages for replica in stage.replicas]
