@@ -1,12 +1,14 @@
 """The planner's and the simulator's predictions against this machine: throughput, time to first token, KV capacity, memory.
 
-    python -m benchmarks.calibrate --model DIR [--stages 1 2 4] [--streams 16] [--repeats 5] [--rounds 4] [--output json]
+    python -m benchmarks.calibrate --model DIR [--profile FILE] [--stages 1 2 4] [--streams 16] [--output json]
 
 First a profile: one process with one thread computes steps of many sizes with a third, two thirds and all of the layers, alone and
-beside copies of itself on the other cores (which share its memory bandwidth); hops are timed between two processes. Then
-for each number of stages `stageline serve` runs and is measured through its gRPC door, and the same load is simulated from the
-profile. Nothing is fitted to the runs that are compared. The gateway's costs are the simulator's defaults unless they are
-given. Exits 1 where a prediction is further off than `--bound` (0.15).
+beside copies of itself on the other cores, whose memory bandwidth they share; hops are timed between two processes. With --profile it
+is read from FILE, or measured and written there, in the format that `stageline plan` and `simulate` read. Then for each number of
+stages `stageline serve` runs, each stage with one thread, and is measured through its gRPC door. The planner says what decodes, memory
+and KV capacity should be, the simulator what a mixed load should: prompts and decodes of clients that send again. Nothing is fitted to the
+runs that are compared. The gateway's costs are the simulator's defaults unless they are given. Exits 1 where a prediction is
+further off than `--bound` (0.15).
 """
 
 from __future__ import annotations
@@ -18,22 +20,25 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from benchmarks.report import here
 from benchmarks.servers import serving
 from gateway.bench.load import Generator, Shape
-from gateway.bench.measure import checked, latency
+from gateway.bench.measure import checked, latency, throughput
 from gateway.bench.transport import transport
-from gateway.planner.catalogue import Gpu, Measured
+from gateway.planner.catalogue import MIB, Gpu, read_profile
 from gateway.planner.cluster_plan import make_cluster_plan
-from gateway.planner.cost import CUDA_RESERVE_BYTES, Link, Workload, activation_bytes
+from gateway.planner.cost import Link, Workload, activation_bytes
+from gateway.planner.report import DTYPE_BYTES
 from gateway.planner.split import split
 from gateway.planner.types import ClusterPlan, Request
 from gateway.scheduler import SchedulerLimits
@@ -43,22 +48,22 @@ from stages.config import ModelConfig
 from stages.partition import LayerRange, kv_bytes_per_token, num_parameters
 
 BLOCK = 16
-DTYPE_BYTES = 2
 ROWS = (1, 2, 4, 8, 16, 32)
-CHUNKS = (64, 256, 1024)
-FAR = 1024  # tokens before those of a step, where attention is timed
-THROUGHPUT, FIRST = Shape(128, 64), Shape(512, 8)
+CHUNKS = (64, 256, 512)
+FAR = 512  # tokens before those of a step, where attention is timed
+THROUGHPUT, DECODE, FIRST = Shape(128, 64), Shape(64, 128), Shape(512, 8)
 KV_BYTES = 256 << 20
+NAME = "calibrated"  # of the device in a profile
 _barrier: Any = None  # of the processes of a profile
 
 
-def profile(model: str, copies: int, repeats: int) -> dict[str, Any]:
+def profile(model: str, dtype: str, copies: int, repeats: int) -> dict[str, Any]:
     """Seconds of steps, the median over `copies` processes at once: a mapping for `Measured`, `step_overhead_s`, and
     `process_bytes`, what a stage's process takes besides weights and cache."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(copies)
     with context.Pool(copies, initializer=_share, initargs=(barrier,)) as pool:
-        found = pool.starmap(_time_steps, [(model, repeats)] * copies, chunksize=1)
+        found = pool.starmap(_time_steps, [(model, dtype, repeats)] * copies, chunksize=1)
     return {
         "layer_s": {size: statistics.median(one["layer_s"][size] for one in found) for size in found[0]["layer_s"]},
         "head_s": {size: statistics.median(one["head_s"][size] for one in found) for size in found[0]["head_s"]},
@@ -75,7 +80,7 @@ def _share(barrier: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def _time_steps(model: str, repeats: int) -> dict[str, Any]:
+def _time_steps(model: str, dtype: str, repeats: int) -> dict[str, Any]:
     import torch
 
     import gateway.serve_adapter  # what a stage's process imports, Ray included  # noqa: F401
@@ -89,15 +94,16 @@ def _time_steps(model: str, repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
+    torch_dtype, dtype_bytes = getattr(torch, dtype), DTYPE_BYTES[dtype]
     third = config.num_layers // 3
     executors: dict[int, StageExecutor] = {}
     num_blocks = max(ROWS) * -(-(FAR + 1) // BLOCK) + max(CHUNKS) // BLOCK
 
     def load(end: int) -> None:
         runner = StageRunner(
-            config, LayerRange(0, end), dtype=torch.bfloat16, device=torch.device("cpu"), block_size_tokens=BLOCK
+            config, LayerRange(0, end), dtype=torch_dtype, device=torch.device("cpu"), block_size_tokens=BLOCK
         )
-        load_weights(checkpoint, runner.layers, runner.model, dtype=torch.bfloat16)
+        load_weights(checkpoint, runner.layers, runner.model, dtype=torch_dtype)
         executors[end] = StageExecutor(runner)
         executors[end].allocate_kv(num_blocks)
 
@@ -129,8 +135,8 @@ def _time_steps(model: str, repeats: int) -> dict[str, Any]:
     shapes = {**{rows: (rows, 1, 16) for rows in ROWS}, **{chunk: (1, chunk, chunk) for chunk in CHUNKS}}
     load(third)
     once(third, 1, max(CHUNKS), max(CHUNKS))
-    held = num_parameters(config, LayerRange(0, third)) * DTYPE_BYTES
-    held += num_blocks * BLOCK * kv_bytes_per_token(config, LayerRange(0, third), DTYPE_BYTES)
+    held = num_parameters(config, LayerRange(0, third)) * dtype_bytes
+    held += num_blocks * BLOCK * kv_bytes_per_token(config, LayerRange(0, third), dtype_bytes)
     process_bytes = anonymous_bytes(os.getpid()) - held
     load(2 * third)
     load(config.num_layers)
@@ -175,41 +181,62 @@ def anonymous_bytes(pid: int) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
+def device(model: str, dtype: str, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """This machine as a device of a profile file (`gateway/planner/catalogue.py` reads it)."""
+    cores = os.cpu_count() or 1
+    say("profile of one process")
+    alone = profile(model, dtype, 1, repeats)
+    say(f"profile of {cores} processes at once")
+    busy = profile(model, dtype, cores, repeats)
+    say("hops")
+    link = link_of(repeats)
+
+    def tables(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: found[name] for name in ("layer_s", "head_s", "kv_token_s", "attended_token_s")}
+
+    return {
+        "source": f"benchmarks/calibrate.py, {Path(model).name}, {dtype}; hop {1e3 * link.latency_s:.3f} ms + "
+        f"{link.bytes_per_s / 1e9:.2f} GB/s",
+        # Nothing is computed from these two, since times are measured.
+        "memory_gb_per_s": 1.0,
+        "bf16_tflops": 1.0,
+        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB,
+        "reserve_mib": alone["process_bytes"] / MIB,
+        "step_overhead_s": alone["step_overhead_s"],
+        "measured": tables(alone),
+        "host": {"cores": cores, "busy": tables(busy)},
+    }
+
+
 @dataclass(frozen=True)
 class Setup:
-    """What all predictions share. `alone` and `busy` are profiles: one process, and one a core."""
+    """What all predictions share. `gpu` is this machine as `device` found it."""
 
     model: str
     config: ModelConfig
-    alone: dict[str, Any]
-    busy: dict[str, Any]
+    dtype: str
+    gpu: Gpu
     link: Link
     cost: GatewayCost
-    cores: int
 
-    def plan(self, count: int, measured: dict[str, Any]) -> tuple[Request, ClusterPlan]:
-        """`serve --stages count --kv-cache.memory-bytes KV_BYTES`, as the planner sees it: each stage a device of its own whose
-        memory leaves KV_BYTES for the cache."""
-        ranges, workload = split(self.config, count), Workload(context_tokens=256)
-        tables = {name: tuple(sorted(measured[name].items())) for name in ("layer_s", "head_s")}
-        known = Measured(**tables, kv_token_s=measured["kv_token_s"], attended_token_s=measured["attended_token_s"])
+    def plan(self, count: int, workload: Workload) -> tuple[Request, ClusterPlan]:
+        """`serve --stages count --kv-cache.memory-bytes KV_BYTES`, as the planner sees it: each stage in a share of memory
+        that leaves KV_BYTES for the cache."""
+        ranges, size = split(self.config, count), DTYPE_BYTES[self.dtype]
         devices = tuple(
-            Gpu(
-                name=f"cpu-{index}",
+            replace(
+                self.gpu,
+                name=f"{self.gpu.name}-{index}",
                 memory_bytes=KV_BYTES
-                + num_parameters(self.config, layers) * DTYPE_BYTES
-                + CUDA_RESERVE_BYTES
-                + activation_bytes(self.config, workload, DTYPE_BYTES, last=layers.is_last(self.config)),
-                memory_bytes_per_s=1.0,
-                flops_per_s=1.0,
-                step_overhead_s=measured["step_overhead_s"],
-                measured=known,
+                + num_parameters(self.config, layers) * size
+                + self.gpu.reserve_bytes
+                + activation_bytes(self.config, workload, size, last=layers.is_last(self.config)),
             )
             for index, layers in enumerate(ranges)
         )
         request = Request(
-            model=self.model, config=self.config, gpus=devices, layers=",".join(map(str, ranges)), link=self.link,
-            workload=workload, usable_fraction=1.0, block_size_tokens=BLOCK,
+            model=self.model, config=self.config, gpus=devices, dtype=self.dtype, layers=",".join(map(str, ranges)),
+            link=self.link, workload=workload, usable_fraction=1.0, block_size_tokens=BLOCK,
         )  # fmt: skip
         plan = make_cluster_plan(request)
         assert plan.layers() == request.layers
@@ -217,49 +244,51 @@ class Setup:
 
     def predict(self, count: int, streams: int) -> dict[str, Any]:
         """Figures of `measure`."""
+        context = DECODE.prompt_tokens + DECODE.new_tokens // 2
+        request, plan = self.plan(count, Workload(context_tokens=context, sequences=streams))
+        assert plan.performance is not None
+        assert plan.performance.sequences == streams, "KV_BYTES holds all streams"
 
-        def run(streams: int, shape: Shape, measured: dict[str, Any]) -> Any:
-            request, plan = self.plan(count, measured)
+        def run(streams: int, shape: Shape) -> Any:
             traffic = Traffic(
                 streams=streams, prompt_tokens=shape.prompt_tokens, output_tokens=shape.new_tokens, sigma=0
             )
             return simulate(
                 Scenario(
                     request=request, plan=plan, traffic=traffic, gateway_cost=self.cost, duration_s=90.0, warmup_s=10.0,
-                    cores=self.cores, limits=SchedulerLimits(prefix_caching=False),
+                    limits=SchedulerLimits(prefix_caching=False),
                 )
             )  # fmt: skip
 
-        _, plan = self.plan(count, self.alone)
-        one = self.alone if count == 1 else self.busy
         return {
-            "output_tokens_per_s": run(streams, THROUGHPUT, one).output_tokens_per_s,
-            "ttft_ms": 1000 * run(1, FIRST, self.alone).ttft_s["p50"],
+            "decode_tokens_per_s": plan.performance.tokens_per_s,
+            "output_tokens_per_s": run(streams, THROUGHPUT).output_tokens_per_s,
+            "ttft_ms": 1000 * run(1, FIRST).ttft_s["p50"],
             "kv_tokens": plan.kv_capacity_tokens,
             "memory_mib": sum(
-                self.alone["process_bytes"] + stage.memory.weight_bytes + stage.memory.kv_cache_bytes
-                for stage in plan.stages
-            ) / (1 << 20),
+                stage.memory.used_bytes - stage.memory.activation_bytes for stage in plan.stages
+            ) / MIB,
         }  # fmt: skip
 
 
 async def measure(address: str, streams: int, repeats: int, rounds: int) -> dict[str, Any]:
     """The same figures of a running server. Memory is that of all stages' processes at the end."""
     async with Generator(address, 0) as load:
-        await load.closed_loop([THROUGHPUT] * streams, streams)
-        rates = []
-        for _ in range(repeats):
-            outcomes = checked(await load.closed_loop([THROUGHPUT] * (rounds * streams), streams))
-            span_s = max(one.token_s[-1] for one in outcomes) - min(one.sent_s for one in outcomes)
-            rates.append(sum(len(one.token_s) for one in outcomes) / span_s)
-        first = await latency(load, FIRST, repeats)
+        decode = await throughput(load, DECODE, streams, repeats)
+        outcomes = checked(await load.closed_loop([THROUGHPUT] * (rounds * streams), streams))
+        # While all streams are at it: neither the first round, which begins with prompts alone, nor the last.
+        ends = sorted(one.token_s[-1] for one in outcomes)
+        began, ended = ends[streams - 1], ends[-streams - 1]
+        tokens = sum(began < at <= ended for one in outcomes for at in one.token_s)
+        first = await latency(load, FIRST, max(5, repeats))
         [pipeline] = load.model.pipelines
         pids = {replica.pid for stage in pipeline.stages for replica in stage.replicas}
         return {
-            "output_tokens_per_s": statistics.median(rates),
+            "decode_tokens_per_s": decode["decode_tokens_per_s"],
+            "output_tokens_per_s": tokens / (ended - began),
             "ttft_ms": first["ttft_ms"],
             "kv_tokens": pipeline.num_blocks * BLOCK,
-            "memory_mib": sum(map(anonymous_bytes, pids)) / (1 << 20),
+            "memory_mib": sum(map(anonymous_bytes, pids)) / MIB,
         }
 
 
@@ -290,28 +319,25 @@ def table(rows: dict[int, dict[str, dict[str, float]]]) -> str:
 
 def calibrate(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Profile, predict, run, compare."""
-    cores = os.cpu_count() or 1
-    say("profile of one process")
-    alone = profile(args.model, 1, args.repeats)
-    say(f"profile of {cores} processes at once")
-    busy = profile(args.model, cores, args.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(args.profile or Path(folder) / "profile.yaml")
+        if not file.exists():
+            found = device(args.model, args.dtype, args.repeats, say)
+            file.write_text(yaml.safe_dump({"gpus": {NAME: found}}, sort_keys=False))
+        gpu = read_profile(str(file))[NAME]
     say("hops")
     setup = Setup(
-        model=args.model, config=open_checkpoint(args.model).config, alone=alone, busy=busy, link=link_of(args.repeats),
-        cost=replace(GatewayCost(), step_s=args.gateway_step_us / 1e6, row_s=args.gateway_row_us / 1e6), cores=cores,
+        model=args.model, config=open_checkpoint(args.model).config, dtype=args.dtype, gpu=gpu, link=link_of(args.repeats),
+        cost=replace(GatewayCost(), step_s=args.gateway_step_us / 1e6, row_s=args.gateway_row_us / 1e6),
     )  # fmt: skip
     rows: dict[int, dict[str, dict[str, float]]] = {}
     for count in args.stages:
         say(f"{count} stages")
         predicted = setup.predict(count, args.streams)
         flags = (
-            "--stages.num-threads",
-            "1",
-            "--kv-cache.memory-bytes",
-            str(KV_BYTES),
-            "--kv-cache.prefix-caching",
-            "false",
-        )
+            "--dtype", args.dtype, "--stages.num-threads", "1", "--kv-cache.memory-bytes", str(KV_BYTES),
+            "--kv-cache.prefix-caching", "false",
+        )  # fmt: skip
         with serving(args.model, count, *flags) as address:
             measured = asyncio.run(measure(address, args.streams, args.repeats, args.rounds))
         rows[count] = {
@@ -322,20 +348,22 @@ def calibrate(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str,
             }
             for name in measured
         }
-    worst = max(abs(one["error"]) for figures in rows.values() for one in figures.values())
+    worst = max((abs(one["error"]) for figures in rows.values() for one in figures.values()), default=0.0)
     return {
-        "model": Path(args.model).name, "streams": args.streams, "bound": args.bound, "worst": worst, **here(),
-        "profile_alone": alone, "profile_busy": busy, "hop_s": setup.link.latency_s,
-        "hop_bytes_per_s": setup.link.bytes_per_s, "stages": rows,
+        "model": Path(args.model).name, "dtype": args.dtype, "streams": args.streams, "bound": args.bound, "worst": worst,
+        **here(), "device": asdict(gpu), "hop_s": setup.link.latency_s, "hop_bytes_per_s": setup.link.bytes_per_s,
+        "stages": rows,
     }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--profile", metavar="FILE", help="read it from there; measured and written if there is none")
+    parser.add_argument("--dtype", choices=sorted(DTYPE_BYTES), default="float32")
+    parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 4], help="none: the profile alone")
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=4, help="requests of each stream in a throughput run")
     parser.add_argument("--gateway-step-us", type=float, default=1e6 * GatewayCost().step_s)
     parser.add_argument("--gateway-row-us", type=float, default=1e6 * GatewayCost().row_s)

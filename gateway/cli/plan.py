@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gateway.cli.options import add_config_arguments, config_from
 from gateway.config import Config
 from gateway.planner.advice import Advice, advise
-from gateway.planner.catalogue import Gpu, find_model_config, gpus, parse_inventory, read_profile
+from gateway.planner.catalogue import Gpu, Host, find_model_config, gpus, host_of, parse_inventory, read_profile
 from gateway.planner.cluster_plan import make_cluster_plan
 from gateway.planner.cost import Link, Workload
 from gateway.planner.k8s import Deployment, as_stream, manifests, write
@@ -54,10 +55,18 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Any:
         "--cluster", action="store_true", help="plan for the GPU nodes of the current kubeconfig's cluster"
     )
     parser.add_argument("--profile", metavar="FILE", help="devices of your own, or measured rates: gpus.yaml's format")
+    parser.add_argument(
+        "--cores",
+        type=int,
+        help="all stages (and, simulated, gateways) share the cores of one host; default: the profile's",
+    )
     parser.add_argument("--usable-fraction", type=float, default=0.9, help="part of a GPU's memory that may be used")
     parser.add_argument("--link-gbps", type=float, default=25.0, help="network between stages, gigabits a second")
     parser.add_argument("--hop-latency-ms", type=float, default=0.3, help="one message to the next stage, ms")
     parser.add_argument("--context-tokens", type=int, default=2048, help="average length of a sequence")
+    parser.add_argument(
+        "--sequences", type=int, help="that decode at once in a pipeline; default: as many as its KV cache holds"
+    )
     parser.add_argument(
         "--gpu-dollars-per-hour",
         metavar="PRICE",
@@ -129,6 +138,11 @@ def make_request(args: argparse.Namespace, config: Config, known: Mapping[str, G
         devices = found.gpus
     else:
         devices = parse_inventory(args.gpu, known)
+    host = host_of(devices)
+    if args.cores is not None:
+        devices = tuple(
+            replace(gpu, host=Host(cores=args.cores, busy=None if host is None else host.busy)) for gpu in devices
+        )
     model_config = find_model_config(config.model.path, config.model.revision)
     if args.context_tokens > model_config.max_position_embeddings:
         raise ConfigError(
@@ -149,6 +163,7 @@ def make_request(args: argparse.Namespace, config: Config, known: Mapping[str, G
         link=Link(bytes_per_s=args.link_gbps * 1e9 / 8, latency_s=args.hop_latency_ms / 1e3),
         workload=Workload(
             context_tokens=args.context_tokens,
+            sequences=args.sequences,
             max_step_tokens=config.scheduler.max_step_tokens,
             max_step_sequences=config.scheduler.max_step_sequences,
         ),
@@ -172,6 +187,8 @@ def check_request(args: argparse.Namespace, config: Config) -> None:
             "--link-gbps": (0 < args.link_gbps < float("inf"), "over 0"),
             "--hop-latency-ms": (0 <= args.hop_latency_ms < float("inf"), "at least 0"),
             "--context-tokens": (args.context_tokens >= 1, "at least 1"),
+            "--cores": (args.cores is None or args.cores >= 1, "at least 1"),
+            "--sequences": (args.sequences is None or args.sequences >= 1, "at least 1"),
         }
     )
     if args.gpu is None and not args.cluster:

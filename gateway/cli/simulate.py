@@ -47,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gateway-row-us", type=float, default=1e6 * costs.row_s, help="and each output row of a step"
     )
     cluster.add_argument("--gateway-request-us", type=float, default=1e6 * costs.request_s, help="and each request")
-    cluster.add_argument("--cores", type=int, help="processors that stages and gateways share; default: one each")
     deaths, no = parser.add_argument_group("failures"), Failures()
     deaths.add_argument("--mtbf-days", type=float, help="mean time between failures of one replica; default: none fail")
     deaths.add_argument("--detection-s", type=float, default=no.detection_s, help="until a death is noticed")
@@ -94,7 +93,7 @@ def make_scenario(args: argparse.Namespace) -> Scenario:
     at_least = {
         "--requests-per-s": (args.requests_per_s, 0), "--streams": (args.streams, 0), "--prompt-tokens": (args.prompt_tokens, 1),
         "--output-tokens": (args.output_tokens, 1), "--length-sigma": (args.length_sigma, 0), "--gateways": (args.gateways, 1),
-        "--pipelines": (args.pipelines, 1), "--cores": (args.cores, 1), "--spares": (args.spares, 0),
+        "--pipelines": (args.pipelines, 1), "--spares": (args.spares, 0),
         "--gateway-step-us": (args.gateway_step_us, 0), "--gateway-row-us": (args.gateway_row_us, 0),
         "--gateway-request-us": (args.gateway_request_us, 0), "--detection-s": (args.detection_s, 0),
         "--takeover-s": (args.takeover_s, 0), "--restart-s": (args.restart_s, 0), "--live-tokens": (args.live_tokens, 2),
@@ -166,7 +165,6 @@ def make_scenario(args: argparse.Namespace) -> Scenario:
         ),
         duration_s=args.duration_s,
         warmup_s=warmup_s,
-        cores=args.cores,
         seed=args.seed,
     )  # fmt: skip
 

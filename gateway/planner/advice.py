@@ -10,14 +10,15 @@ from gateway.planner.catalogue import Gpu, inventory_text
 from gateway.planner.cluster_plan import make_cluster_plan, scaled
 from gateway.planner.types import ClusterPlan, Request
 
-RESOURCES = ("memory", "memory bandwidth", "compute", "link bandwidth", "hop latency")
+RESOURCES = ("memory", "memory bandwidth", "compute", "link bandwidth", "hop latency", "cores")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """`throughput_gain` and `latency_gain`: what twice as much of a resource (half the hop latency) would multiply
     tokens a second by, and divide seconds a token by. `binding` is the resource with the largest gain of throughput;
-    empty, like the gains, for a plan that does not fit. `help` are sentences for people."""
+    empty, like the gains, for a plan that does not fit. `cores` are those of a host that all
+    stages share. `help` are sentences for people."""
 
     binding: str
     throughput_gain: Mapping[str, float]

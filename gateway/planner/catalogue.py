@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from stages.checkpoint import open_checkpoint
 from stages.config import ModelConfig
 
 MIB = 1 << 20
+# What the driver, the CUDA context, cuBLAS's workspaces and the kernels take before the first tensor: an assumption, on
+# the safe side of the 0.6 GiB that a driver holds back and the 0.5 GiB of a context.
+CUDA_RESERVE_BYTES = 3 << 29
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +34,22 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """One machine that computes all stages, on `cores` processors, one each at a time. `busy` are the times while all of its
+    cores compute, which share memory bandwidth and caches; None: the same as alone."""
+
+    cores: int
+    busy: Measured | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """One kind of device. Rates are peaks: bytes and bfloat16 floating point operations a second.
 
-    `step_overhead_s` is time a stage spends on a micro-batch besides reading and computing (0 for a roofline).
-    `measured`, where set, goes before the rates; it holds for the model that it was measured with.
+    `step_overhead_s` is time a stage spends on a micro-batch besides reading and computing (0 for a roofline), `reserve_bytes`
+    what its process holds before the first tensor.
+    `measured`, where set, goes before the rates; it holds for the model that it was measured with. `host`, where set, is what
+    all devices share: they are processes of one machine, not devices of their own.
     """
 
     name: str
@@ -45,7 +59,26 @@ class Gpu:
     products: tuple[str, ...] = ()
     source: str = ""
     step_overhead_s: float = 0.0
+    reserve_bytes: int = CUDA_RESERVE_BYTES
     measured: Measured | None = None
+    host: Host | None = None
+
+    def when_busy(self) -> Gpu:
+        """The same device while all cores of its host compute."""
+        busy = None if self.host is None else self.host.busy
+        return self if busy is None else replace(self, measured=busy)
+
+
+def host_of(devices: Sequence[Gpu]) -> Host | None:
+    """The machine that all of them share, None where each computes for itself. Raises ConfigError where they differ."""
+    hosts = {gpu.host for gpu in devices}
+    if len(hosts) > 1:
+        raise ConfigError(
+            "HOSTS_DIFFER",
+            "--profile: `host` says that all stages share the cores of one machine: give all devices the same, or none",
+            field="profile",
+        )
+    return next(iter(hosts), None)
 
 
 def known_models() -> tuple[str, ...]:
@@ -165,6 +198,7 @@ def inventory_text(devices: Sequence[Gpu]) -> str:
 def _gpu(name: str, values: Mapping[str, Any]) -> Gpu:
     unknown = values.keys() - {
         "products", "memory_mib", "memory_gb_per_s", "bf16_tflops", "source", "step_overhead_s", "measured",
+        "reserve_mib", "host",
     }  # fmt: skip
     if unknown:
         raise ValueError(f"{name}: unknown keys {', '.join(sorted(unknown))}")
@@ -176,11 +210,22 @@ def _gpu(name: str, values: Mapping[str, Any]) -> Gpu:
         products=tuple(values.get("products", ())),
         source=str(values.get("source", "")),
         step_overhead_s=float(values.get("step_overhead_s", 0.0)),
+        reserve_bytes=int(values.get("reserve_mib", CUDA_RESERVE_BYTES / MIB) * MIB),
         measured=_measured(values["measured"]) if "measured" in values else None,
+        host=_host(values["host"]) if "host" in values else None,
     )
-    if min(gpu.memory_bytes, gpu.memory_bytes_per_s, gpu.flops_per_s) <= 0 or gpu.step_overhead_s < 0:
-        raise ValueError(f"{name}: memory and rates must be over 0")
+    if (
+        min(gpu.memory_bytes, gpu.memory_bytes_per_s, gpu.flops_per_s) <= 0
+        or min(gpu.step_overhead_s, gpu.reserve_bytes) < 0
+    ):
+        raise ValueError(f"{name}: memory and rates must be over 0, step_overhead_s and reserve_mib not below")
     return gpu
+
+
+def _host(values: Mapping[str, Any]) -> Host:
+    if values.keys() - {"cores", "busy"} or int(values["cores"]) < 1:
+        raise ValueError("host has cores, at least 1, and busy")
+    return Host(cores=int(values["cores"]), busy=_measured(values["busy"]) if "busy" in values else None)
 
 
 def _measured(values: Mapping[str, Any]) -> Measured:

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gateway.planner.catalogue import Gpu
+from gateway.planner.catalogue import Gpu, host_of
 from gateway.planner.cost import (
-    CUDA_RESERVE_BYTES,
     Step,
     activation_bytes,
     stage_cost,
@@ -17,6 +16,7 @@ from gateway.planner.cost import (
 from gateway.planner.report import DTYPE_BYTES
 from gateway.planner.split import check_num_stages, cut, resolve_layers, split, to_ranges
 from gateway.planner.types import ClusterPlan, Memory, Performance, PlannedStage, Request
+from gateway.scheduler.filling import num_groups
 from stageline.errors import ConfigError
 from stages.partition import LayerRange, kv_bytes_per_token, num_parameters
 from stages.spec import DEFAULT_QUEUE_DEPTH_STEPS
@@ -99,19 +99,14 @@ def _plan(request: Request, gpus: Sequence[Gpu], ranges: Sequence[LayerRange], n
     blocks = min(max(0, free) // (per_token * block) for _, _, per_token, free in sizes)
     fits = blocks >= MIN_BLOCKS
     blocks = blocks if fits else 0
-    sequences, flights, rows = _occupancy(request, len(gpus), blocks * block)
+    sequences, flights, rows = _occupancy(request, gpus, ranges, blocks * block)
     stages = []
     for index, (gpu, layers, (weights, activations, per_token, free)) in enumerate(
         zip(gpus, ranges, sizes, strict=True)
     ):
         kv_bytes = blocks * block * per_token
         last = layers.is_last(config)
-        workload = request.workload
-        steps = (
-            Step.decode(1, workload.context_tokens),
-            Step.decode(rows, workload.context_tokens),
-            Step.prefill(min(workload.max_step_tokens, workload.context_tokens), workload.context_tokens),
-        )
+        steps = (_decode(request, 1), _decode(request, rows), _chunk(request))
         one_s, decode_s, prefill_s = (stage_seconds(config, layers, gpu, step, size) for step in steps)
         # The last stage returns a few candidates a row, not hidden states.
         hops = [request.link.seconds(0 if last else step.tokens * config.hidden_size * size) for step in steps]
@@ -130,8 +125,8 @@ def _plan(request: Request, gpus: Sequence[Gpu], ranges: Sequence[LayerRange], n
                     weight_bytes=weights,
                     kv_cache_bytes=kv_bytes,
                     activation_bytes=activations,
-                    cuda_reserve_bytes=CUDA_RESERVE_BYTES,
-                    unassigned_bytes=gpu.memory_bytes - weights - kv_bytes - activations - CUDA_RESERVE_BYTES,
+                    cuda_reserve_bytes=gpu.reserve_bytes,
+                    unassigned_bytes=gpu.memory_bytes - weights - kv_bytes - activations - gpu.reserve_bytes,
                 ),
                 decode_one_s=one_s,
                 decode_s=decode_s,
@@ -150,7 +145,7 @@ def _plan(request: Request, gpus: Sequence[Gpu], ranges: Sequence[LayerRange], n
         num_blocks=blocks,
         kv_capacity_tokens=blocks * block,
         fits=fits,
-        performance=_performance(request, stages, sequences, flights, rows) if fits else None,
+        performance=_performance(request, gpus, ranges, stages, (sequences, flights, rows)) if fits else None,
         num_spares=request.num_spares,
         spare_gpu=max(stages, key=lambda one: one.memory.used_bytes).gpu if fits and request.num_spares else None,
     )
@@ -161,41 +156,90 @@ def _sizes(request: Request, gpu: Gpu, layers: LayerRange) -> tuple[int, int, in
     config, size = request.config, DTYPE_BYTES[request.dtype]
     weights = num_parameters(config, layers) * size
     activations = activation_bytes(config, request.workload, size, last=layers.is_last(config))
-    free = int(gpu.memory_bytes * request.usable_fraction) - CUDA_RESERVE_BYTES - activations - weights
+    free = int(gpu.memory_bytes * request.usable_fraction) - gpu.reserve_bytes - activations - weights
     return weights, activations, kv_bytes_per_token(config, layers, size), free
 
 
-def _occupancy(request: Request, num_stages: int, kv_tokens: int) -> tuple[int, int, int]:
-    """Sequences that decode at once, micro-batches they are spread over, and rows of each."""
+def _decode(request: Request, rows: int) -> Step:
+    return Step.decode(rows, request.workload.context_tokens)
+
+
+def _chunk(request: Request) -> Step:
     workload = request.workload
-    most = in_flight(num_stages) * min(workload.max_step_sequences, workload.max_step_tokens)
-    sequences = max(1, min(kv_tokens // workload.context_tokens, most))
-    flights = min(in_flight(num_stages), sequences)
+    return Step.prefill(min(workload.max_step_tokens, workload.context_tokens), workload.context_tokens)
+
+
+def _occupancy(
+    request: Request, gpus: Sequence[Gpu], ranges: Sequence[LayerRange], kv_tokens: int
+) -> tuple[int, int, int]:
+    """Sequences that decode at once, micro-batches they are spread over as the scheduler does it, and rows of each."""
+    workload, link = request.workload, request.link
+    size = DTYPE_BYTES[request.dtype]
+    most = in_flight(len(gpus)) * min(workload.max_step_sequences, workload.max_step_tokens)
+    wanted = most if workload.sequences is None else workload.sequences
+    sequences = max(1, min(kv_tokens // workload.context_tokens, most, wanted))
+    fixed_s = max(
+        stage_seconds(request.config, layers, gpu, _decode(request, 1), size)
+        for layers, gpu in zip(ranges, gpus, strict=True)
+    )
+    overhead_s = 2 * link.seconds(0) + (len(gpus) - 1) * link.seconds(request.config.hidden_size * size)
+    groups = num_groups(num_stages=len(gpus), fixed_s=fixed_s, overhead_s=overhead_s)
+    flights = min(groups, in_flight(len(gpus)), sequences)
     return sequences, flights, -(-sequences // flights)
 
 
 def _performance(
-    request: Request, stages: Sequence[PlannedStage], sequences: int, flights: int, rows: int
+    request: Request,
+    gpus: Sequence[Gpu],
+    ranges: Sequence[LayerRange],
+    stages: Sequence[PlannedStage],
+    occupancy: tuple[int, int, int],
 ) -> Performance:
-    """A ring: in flight ÷ (all stages and hops) micro-batches a second, and no more than the slowest part can do."""
+    """A ring: in flight ÷ (all stages and hops) micro-batches a second, and no more than the slowest part can do, nor
+    than the cores of a host that all stages share."""
     link, workload, hidden = request.link, request.workload, request.config.hidden_size
     size = DTYPE_BYTES[request.dtype]
+    sequences, flights, rows = occupancy
     entry_s = link.seconds(0)  # token ids to stage 0
     one_hop_s = link.seconds(hidden * size)
     latency_s = entry_s + sum(s.decode_one_s for s in stages) + (len(stages) - 1) * one_hop_s + link.seconds(0)
-    ring_s = entry_s + sum(s.decode_s + s.hop_decode_s for s in stages)
-    slowest_s = max(max(s.decode_s, s.hop_decode_s) for s in stages)
-    chunk = min(workload.max_step_tokens, workload.context_tokens)
+    hops_s = entry_s + sum(s.hop_decode_s for s in stages)
+    decode_s = _together(request, gpus, ranges, _decode(request, rows), flights)
+    slowest_s = max(*decode_s, *(s.hop_decode_s for s in stages))
+    chunk = _chunk(request).tokens
     chunks = -(-workload.context_tokens // chunk)
-    slowest_chunk_s = max(max(s.prefill_s, s.hop_prefill_s) for s in stages)
+    prefill_s = _together(request, gpus, ranges, _chunk(request), len(stages))
+    slowest_chunk_s = max(*prefill_s, *(s.hop_prefill_s for s in stages), _on_cores(request, prefill_s))
     return Performance(
         latency_s_per_token=latency_s,
         ttft_s=entry_s + sum(s.prefill_s + s.hop_prefill_s for s in stages) + (chunks - 1) * slowest_chunk_s,
         sequences=sequences,
         in_flight=flights,
-        tokens_per_s=sequences / flights * min(1 / slowest_s, flights / ring_s),
+        tokens_per_s=sequences
+        / flights
+        * min(1 / max(slowest_s, _on_cores(request, decode_s)), flights / (sum(decode_s) + hops_s)),
         prefill_tokens_per_s=chunk / slowest_chunk_s,
     )
+
+
+def _together(
+    request: Request, gpus: Sequence[Gpu], ranges: Sequence[LayerRange], step: Step, at_once: int
+) -> list[float]:
+    """Seconds of a step on each stage while up to `at_once` of them compute: on a shared host slower than alone."""
+    host, size = host_of(gpus), DTYPE_BYTES[request.dtype]
+    computing = 1 if host is None else min(at_once, host.cores, len(gpus))
+    share = (computing - 1) / (host.cores - 1) if host is not None and host.cores > 1 else 0.0
+    seconds = []
+    for gpu, layers in zip(gpus, ranges, strict=True):
+        alone_s, busy_s = (stage_seconds(request.config, layers, one, step, size) for one in (gpu, gpu.when_busy()))
+        seconds.append(alone_s + share * (busy_s - alone_s))
+    return seconds
+
+
+def _on_cores(request: Request, seconds: Sequence[float]) -> float:
+    """Seconds that the cores of a shared host need for a step on all stages; 0 where each stage has its own device."""
+    host = host_of(request.gpus)
+    return 0.0 if host is None else sum(seconds) / host.cores
 
 
 def scaled(request: Request, resource: str, factor: float) -> Request:
@@ -204,6 +248,11 @@ def scaled(request: Request, resource: str, factor: float) -> Request:
         return replace(request, link=replace(request.link, bytes_per_s=request.link.bytes_per_s * factor))
     if resource == "hop latency":
         return replace(request, link=replace(request.link, latency_s=request.link.latency_s / factor))
+    if resource == "cores":
+        hosts = [gpu.host and replace(gpu.host, cores=int(gpu.host.cores * factor)) for gpu in request.gpus]
+        return replace(
+            request, gpus=tuple(replace(gpu, host=host) for gpu, host in zip(request.gpus, hosts, strict=True))
+        )
     rate = {"memory": "memory_bytes", "memory bandwidth": "memory_bytes_per_s", "compute": "flops_per_s"}[resource]
     gpus = tuple(replace(gpu, **{rate: type(getattr(gpu, rate))(getattr(gpu, rate) * factor)}) for gpu in request.gpus)
     return replace(request, gpus=gpus)

@@ -18,10 +18,6 @@ from gateway.planner.split import StageCost
 from stages.config import ModelConfig
 from stages.partition import LayerRange, kv_bytes_per_token, layer_tensor_shapes, num_parameters
 
-# What the driver, the CUDA context, cuBLAS's workspaces and the kernels take before the first tensor: an assumption, on
-# the safe side of the 0.6 GiB that a driver holds back and the 0.5 GiB of a context.
-CUDA_RESERVE_BYTES = 3 << 29
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
@@ -45,12 +41,14 @@ class Workload:
     """What the plan is made for: sequences of `context_tokens` tokens on average, decoding.
 
     `step_sequences` decode in one micro-batch where the split is chosen; the limits are those of the scheduler.
+    `sequences` decode at once in a pipeline, where its KV cache holds as many (None: as many as it holds).
     """
 
     context_tokens: int = 2048
     step_sequences: int = 16
     max_step_tokens: int = 2048
     max_step_sequences: int = 256
+    sequences: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +146,7 @@ def usable_bytes(
     """What a GPU has for weights and KV cache: `fraction` of its memory less the reserve and the activations."""
     return (
         int(gpu.memory_bytes * fraction)
-        - CUDA_RESERVE_BYTES
+        - gpu.reserve_bytes
         - activation_bytes(config, workload, dtype_bytes, last=last)
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 Action = Callable[[], None]
+TINY_S = 1e-12  # what rounding may leave of a job
 
 
 class Clock:
@@ -31,69 +33,112 @@ class Clock:
         self.now_s = until_s
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a job took: from its start to its end, and on a core."""
+
+    elapsed_s: float
+    core_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    alone_s: float
+    busy_s: float
+    then: Callable[[Spent], None]
+    began_s: float
+    left: float = 1.0
+    core_s: float = 0.0
+
+    def seconds(self, share_busy: float) -> float:
+        return self.alone_s + share_busy * (self.busy_s - self.alone_s)
+
+
 class Cores:
-    """At most `count` jobs at once (None: any number); those that wait are served in order, none is interrupted."""
+    """`count` processors that jobs share evenly, as a kernel's fair scheduler does (None: each job has its own).
 
-    def __init__(self, count: int | None) -> None:
-        self._free = count
-        self._waiting: deque[Action] = deque()
+    While m jobs compute, each has min(1, count / m) of a core. On it a whole job takes as long as it does alone, or beside
+    others up to its `busy_s`, in proportion to the cores that compute.
+    """
 
-    def acquire(self, action: Action) -> None:
-        """Run `action` as soon as a core is free; it must lead to `release`."""
-        if self._free is None:
-            action()
-        elif self._free:
-            self._free -= 1
-            action()
-        else:
-            self._waiting.append(action)
+    def __init__(self, clock: Clock, count: int | None) -> None:
+        self._clock, self._count = clock, count
+        self._jobs: list[_Job] = []
+        self._updated_s = 0.0
+        self._plan = 0  # outdates the event that waits for the next end
 
-    def release(self) -> None:
-        """Give the core back, to whoever waits longest."""
-        if self._free is None:
+    def run(self, alone_s: float, busy_s: float, then: Callable[[Spent], None]) -> None:
+        """Compute a job that takes `alone_s` alone and `busy_s` while all cores compute; then call `then`."""
+        if self._count is None:
+            self._clock.after(alone_s, lambda: then(Spent(alone_s, alone_s)))
             return
-        if self._waiting:
-            self._waiting.popleft()()
-        else:
-            self._free += 1
+        self._advance()
+        self._jobs.append(_Job(alone_s, busy_s, then, self._clock.now_s))
+        self._await_next()
+
+    def _speeds(self) -> tuple[float, float]:
+        """Of a core, the share that each job has; of the cores but one, the share that computes."""
+        assert self._count is not None
+        computing = min(len(self._jobs), self._count)
+        return computing / len(self._jobs), (computing - 1) / (self._count - 1) if self._count > 1 else 0.0
+
+    def _advance(self) -> None:
+        """Bring all jobs up to now."""
+        passed_s, self._updated_s = self._clock.now_s - self._updated_s, self._clock.now_s
+        if passed_s and self._jobs:
+            share, busy = self._speeds()
+            for job in self._jobs:
+                job.left -= passed_s * share / max(job.seconds(busy), TINY_S)
+                job.core_s += passed_s * share
+
+    def _await_next(self) -> None:
+        self._plan += 1
+        if self._jobs:
+            share, busy = self._speeds()
+            soonest_s = min(job.left * job.seconds(busy) for job in self._jobs) / share
+            plan = self._plan
+            self._clock.after(max(0.0, soonest_s), lambda: self._end(plan))
+
+    def _end(self, plan: int) -> None:
+        if plan != self._plan:
+            return
+        self._advance()
+        _, busy = self._speeds()
+        ended = [job for job in self._jobs if job.left * job.seconds(busy) <= TINY_S]
+        self._jobs = [job for job in self._jobs if job not in ended]
+        self._await_next()
+        for job in ended:
+            job.then(Spent(self._clock.now_s - job.began_s, job.core_s))
 
 
 class Worker:
-    """A process that does its jobs one after another, each of them on a core."""
+    """A process that does its jobs one after another, on the cores that it shares with others."""
 
     def __init__(self, clock: Clock, cores: Cores) -> None:
         self.busy_s = 0.0
         self._clock, self._cores = clock, cores
-        self._jobs: deque[tuple[float, Action]] = deque()
+        self._jobs: deque[tuple[float, float, Callable[[Spent], None]]] = deque()
         self._working = self._dead = False
 
-    def submit(self, job_s: float, then: Action) -> None:
-        """Work for `job_s` seconds when everything before is done, then call `then`."""
-        self._jobs.append((job_s, then))
+    def submit(self, job_s: float, then: Callable[[Spent], None], *, busy_s: float | None = None) -> None:
+        """Work for `job_s` seconds (`busy_s` while all cores compute) when everything before is done, then call `then`."""
+        self._jobs.append((job_s, job_s if busy_s is None else busy_s, then))
         self._next()
 
     def kill(self) -> None:
-        """Nothing that was submitted ends any more; the core of the job at work is free at the end of that job."""
+        """Nothing that was submitted ends any more; the job at work computes to its end, for nobody."""
         self._jobs.clear()
         self._dead = True
 
     def _next(self) -> None:
         if self._jobs and not self._working:
             self._working = True
-            self._cores.acquire(self._start)
+            alone_s, busy_s, then = self._jobs.popleft()
+            self._cores.run(alone_s, busy_s, lambda spent: self._done(spent, then))
 
-    def _start(self) -> None:
-        if not self._jobs:  # killed while it waited for a core
-            self._working = False
-            self._cores.release()
-            return
-        job_s, then = self._jobs.popleft()
-        self._clock.after(job_s, lambda: self._done(job_s, then))
-
-    def _done(self, job_s: float, then: Action) -> None:
+    def _done(self, spent: Spent, then: Callable[[Spent], None]) -> None:
         self._working = False
-        self._cores.release()
         if not self._dead:
-            self.busy_s += job_s
-            then()
+            self.busy_s += spent.core_s
+            then(spent)
         self._next()

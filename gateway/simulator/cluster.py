@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from gateway.engine.lane import SEQUENCE_COST_TOKENS
 from gateway.scheduler import Sequence
-from gateway.simulator.clock import Clock, Cores, Worker
-from gateway.simulator.lane import SimulatedLane
+from gateway.simulator.clock import Clock, Worker
+from gateway.simulator.lane import SimulatedLane, cores_of
 from gateway.simulator.result import Result, percentiles
 from gateway.simulator.scenario import Scenario
 from gateway.simulator.traffic import arrivals, lengths
@@ -40,7 +40,8 @@ def simulate(scenario: Scenario) -> Result:
 class _Cluster:
     def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario
-        self._clock, self._cores = Clock(), Cores(scenario.cores)
+        self._clock = Clock()
+        self._cores = cores_of(scenario, self._clock)
         # One stream for each purpose, so that failures do not change the traffic.
         self._lengths = random.Random(f"{scenario.seed}/lengths")
         self._choice = random.Random(f"{scenario.seed}/gateways")
@@ -134,7 +135,7 @@ class _Cluster:
         gateway = (
             self._gateways[client % len(self._gateways)] if client is not None else self._choice.choice(self._gateways)
         )
-        gateway.worker.submit(self._scenario.gateway_cost.request_s, lambda: self._place(gateway, sequence, True))
+        gateway.worker.submit(self._scenario.gateway_cost.request_s, lambda _: self._place(gateway, sequence, True))
 
     def _place(self, gateway: _Gateway, sequence: Sequence, bounded: bool) -> None:
         """As `gateway.engine` does: where it has the least to wait for, on a pipeline that stands if one does."""

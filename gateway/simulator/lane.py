@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from gateway.planner.catalogue import host_of
 from gateway.planner.cluster_plan import in_flight
 from gateway.planner.cost import Step, stage_seconds
 from gateway.planner.report import DTYPE_BYTES
 from gateway.scheduler import MicroBatch, Scheduler, Sequence, StepTiming
-from gateway.simulator.clock import Clock, Cores, Worker
+from gateway.simulator.clock import Clock, Cores, Spent, Worker
 from gateway.simulator.scenario import Scenario
 from stages.partition import LayerRange, parse_layer_ranges
 
@@ -23,7 +24,7 @@ class Flight:
     batch: MicroBatch
     epoch: int
     sent_s: float
-    compute_s: list[float] = field(default_factory=list)  # of each stage it passed
+    spent: list[Spent] = field(default_factory=list)  # at each stage it passed
     in_stages_s: float = 0.0  # waiting and computing
     received_s: float = 0.0
 
@@ -37,6 +38,12 @@ def as_step(batch: MicroBatch) -> Step:
         attended_tokens=sum(row.num_tokens * (row.start + (row.num_tokens + 1) / 2) for row in rows),
         kv_tokens=float(sum(row.context_len for row in rows)),
     )
+
+
+def cores_of(scenario: Scenario, clock: Clock) -> Cores:
+    """What stages and gateways compute on: the cores of their host, or one each."""
+    host = host_of(scenario.request.gpus)
+    return Cores(clock, None if host is None else host.cores)
 
 
 class SimulatedLane:
@@ -58,7 +65,7 @@ class SimulatedLane:
         plan, request = scenario.plan, scenario.request
         self.layers: tuple[LayerRange, ...] = parse_layer_ranges(plan.layers())
         gpus = {gpu.name: gpu for gpu in request.gpus}
-        self._gpus = [gpus[stage.gpu] for stage in plan.stages]
+        self._gpus = [(gpus[stage.gpu], gpus[stage.gpu].when_busy()) for stage in plan.stages]
         self._dtype_bytes = DTYPE_BYTES[plan.dtype]
         self.scheduler = Scheduler(
             num_blocks=plan.num_blocks,
@@ -98,15 +105,16 @@ class SimulatedLane:
         if flight.epoch != self.epoch:
             return
         flight.received_s = self._clock.now_s
-        job_s = stage_seconds(
-            self.scenario.request.config, self.layers[index], self._gpus[index], step, self._dtype_bytes
+        alone_s, busy_s = (
+            stage_seconds(self.scenario.request.config, self.layers[index], gpu, step, self._dtype_bytes)
+            for gpu in self._gpus[index]
         )
-        flight.compute_s.append(job_s)
-        self._workers[index].submit(job_s, lambda: self._leave(flight, step, index))
+        self._workers[index].submit(alone_s, lambda spent: self._leave(flight, step, index, spent), busy_s=busy_s)
 
-    def _leave(self, flight: Flight, step: Step, index: int) -> None:
+    def _leave(self, flight: Flight, step: Step, index: int, spent: Spent) -> None:
         """Stage `index` has computed a step: it goes over the link, which is busy for as long as its bytes take."""
         now_s, link = self._clock.now_s, self.scenario.request.link
+        flight.spent.append(spent)
         flight.in_stages_s += now_s - flight.received_s
         last = index + 1 == len(self.layers)
         num_bytes = 0 if last else step.tokens * self.scenario.request.config.hidden_size * self._dtype_bytes
@@ -125,8 +133,9 @@ class SimulatedLane:
         handling_s = cost.step_s + cost.row_s * outputs
         ring_s = self._clock.now_s - flight.sent_s + self._handling_s
         self._handling_s = handling_s
-        timing = StepTiming(max(flight.compute_s), max(0.0, ring_s - flight.in_stages_s))
-        self._gateway.submit(handling_s, lambda: self._complete(flight, timing))
+        slowest_s = max(spent.elapsed_s for spent in flight.spent)  # as a stage reads it off its clock
+        timing = StepTiming(slowest_s, max(0.0, ring_s - flight.in_stages_s))
+        self._gateway.submit(handling_s, lambda _: self._complete(flight, timing))
 
     def _complete(self, flight: Flight, timing: StepTiming) -> None:
         if flight.epoch != self.epoch:
@@ -136,8 +145,8 @@ class SimulatedLane:
         tokens = {sequence.sequence_id: 1 for sequence in rows}
         self.scheduler.complete(flight.batch.step_id, tokens, timing=timing)
         self.num_steps += 1
-        for index, job_s in enumerate(flight.compute_s):
-            self.stage_busy_s[index] += job_s
+        for index, spent in enumerate(flight.spent):
+            self.stage_busy_s[index] += spent.core_s
         self._on_tokens(rows)
         self.pump()
 

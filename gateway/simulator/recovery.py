@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from gateway.planner.cost import Step, stage_seconds
 from gateway.planner.report import DTYPE_BYTES
 from gateway.scheduler import Sequence
-from gateway.simulator.clock import Clock, Cores, Worker
-from gateway.simulator.lane import SimulatedLane
+from gateway.simulator.clock import Clock, Worker
+from gateway.simulator.lane import SimulatedLane, cores_of
 from gateway.simulator.scenario import Scenario
 from stages.partition import parse_layer_ranges
 
@@ -76,7 +76,8 @@ def _first_s(scenario: Scenario) -> float:
 
 
 def _recompute(scenario: Scenario, live_tokens: Sequence_[int]) -> tuple[float, ...]:
-    clock, cores = Clock(), Cores(scenario.cores)
+    clock = Clock()
+    cores = cores_of(scenario, clock)
     pauses: list[float] = []
     waiting = set(range(len(live_tokens)))
 

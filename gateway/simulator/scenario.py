@@ -64,8 +64,8 @@ class GatewayCost:
 class Scenario:
     """One simulation: `pipelines` copies of a plan's pipeline, dealt out over `gateways`.
 
-    `duration_s` of arrivals; what happens before `warmup_s` is not counted. `cores` bounds how many stages and gateways
-    of the whole cluster can compute at once (None: each has its own device), for several stages on one host.
+    `duration_s` of arrivals; what happens before `warmup_s` is not counted. Where the plan's devices
+    name a `host`, the whole cluster, gateways too, computes on its cores.
     """
 
     request: Request
@@ -78,7 +78,6 @@ class Scenario:
     limits: SchedulerLimits = field(default_factory=lambda: SchedulerLimits(prefix_caching=False))
     duration_s: float = 120.0
     warmup_s: float = 20.0
-    cores: int | None = None
     seed: int = 0
 
     def gpu_counts(self) -> dict[str, int]:
