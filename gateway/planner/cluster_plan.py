@@ -175,16 +175,16 @@ def _occupancy(
     """Sequences that decode at once, micro-batches they are spread over as the scheduler does it, and rows of each."""
     workload, link = request.workload, request.link
     size = DTYPE_BYTES[request.dtype]
-    most = in_flight(len(gpus)) * min(workload.max_step_sequences, workload.max_step_tokens)
-    wanted = most if workload.sequences is None else workload.sequences
-    sequences = max(1, min(kv_tokens // workload.context_tokens, most, wanted))
     fixed_s = max(
         stage_seconds(request.config, layers, gpu, _decode(request, 1), size)
         for layers, gpu in zip(ranges, gpus, strict=True)
     )
     overhead_s = 2 * link.seconds(0) + (len(gpus) - 1) * link.seconds(request.config.hidden_size * size)
-    groups = num_groups(num_stages=len(gpus), fixed_s=fixed_s, overhead_s=overhead_s)
-    flights = min(groups, in_flight(len(gpus)), sequences)
+    groups = min(in_flight(len(gpus)), num_groups(num_stages=len(gpus), fixed_s=fixed_s, overhead_s=overhead_s))
+    most = groups * min(workload.max_step_sequences, workload.max_step_tokens)
+    wanted = most if workload.sequences is None else workload.sequences
+    sequences = max(1, min(kv_tokens // workload.context_tokens, most, wanted))
+    flights = min(groups, sequences)
     return sequences, flights, -(-sequences // flights)
 
 

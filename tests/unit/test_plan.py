@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from gateway.cli import main
 from gateway.planner.advice import advise
-from gateway.planner.catalogue import find_model_config, gpus, hub_id, known_models, parse_inventory, read_profile
+from gateway.planner.catalogue import (
+    Host,
+    Measured,
+    find_model_config,
+    gpus,
+    hub_id,
+    known_models,
+    parse_inventory,
+    read_profile,
+)
 from gateway.planner.cluster_plan import make_cluster_plan
 from gateway.planner.cost import Link, Step, Workload, layer_seconds, stage_seconds
 from gateway.planner.split import StageCost, cut
@@ -290,6 +299,8 @@ def test_command_line_json_and_table(capsys) -> None:
         (("--gpu", "a100-80g:4", "--link-gbps", "nan"), "--link-gbps"),
         (("--gpu", "a100-80g:4", "--usable-fraction", "1.5"), "--usable-fraction"),
         (("--gpu", "a100-80g:4", "--context-tokens", "0"), "--context-tokens"),
+        (("--gpu", "a100-80g:4", "--cores", "0"), "--cores"),
+        (("--gpu", "a100-80g:4", "--sequences", "0"), "--sequences"),
         (("--gpu", "a100-80g:4", "--context-tokens", "200000"), "131072"),
         (("--profile", "x.yaml"), "--gpu"),
         (("--gpu", "a100-80g:4", "--profile", "/nowhere.yaml"), "nowhere"),
@@ -326,6 +337,68 @@ def test_the_table_of_the_operating_guide_is_the_planners() -> None:
             round(plan.performance.tokens_per_s),
         )
         assert shown == tuple(int(text.replace(",", "")) for text in (latency_ms, kv_tokens, tokens_per_s)), inventory
+
+
+MEASURED = Measured(layer_s=((1, 0.001), (101, 0.101)), head_s=((1, 0.01),))
+SLOWER = Measured(layer_s=((1, 0.002), (101, 0.202)), head_s=((1, 0.02),))
+
+
+def on_one_host(cores: int, **changes) -> Request:
+    """The 0.5B in four stages whose times are known, on one machine; hops and attention cost nothing."""
+    gpu = replace(KNOWN["a100-80g"], measured=MEASURED, host=Host(cores=cores, busy=SLOWER))
+    no_network = Link(bytes_per_s=math.inf, latency_s=0.0, software_bytes_per_s=math.inf)
+    return replace(request("qwen2-0.5b"), gpus=(gpu,) * 4, link=no_network, **changes)
+
+
+def test_stages_of_one_host_share_its_cores() -> None:
+    """By hand: 24 layers and `lm_head` in a row; one core computes at its own pace, two at half of it each."""
+    workload = Workload(sequences=4)
+    one, two, many = (make_cluster_plan(on_one_host(n, workload=workload)).performance for n in (1, 2, 64))
+    assert one is not None
+    assert two is not None
+    assert many is not None
+    ring_s = 24 * 0.001 + 0.01
+    assert (one.sequences, one.in_flight) == (4, 4)
+    assert one.tokens_per_s == pytest.approx(1 / ring_s)
+    assert two.tokens_per_s == pytest.approx(2 / (2 * ring_s))
+    assert many.tokens_per_s > 2.5 * one.tokens_per_s  # bound by the slowest stage, and hardly slowed down
+    for performance in (one, two, many):  # a token alone uses one core
+        assert performance.latency_s_per_token == pytest.approx(ring_s)
+    apart = make_cluster_plan(replace(on_one_host(2), gpus=(replace(KNOWN["a100-80g"], measured=MEASURED),) * 4))
+    assert apart.performance is not None
+    assert apart.performance.tokens_per_s > two.tokens_per_s
+    wanted = on_one_host(2, workload=workload)
+    assert advise(wanted, make_cluster_plan(wanted), KNOWN).binding == "cores"
+
+
+def test_sequences_that_decode_at_once_can_be_given_and_fly_as_the_scheduler_has_them() -> None:
+    few = make_cluster_plan(request(workload=Workload(sequences=3))).performance
+    assert few is not None
+    assert (few.sequences, few.in_flight) == (3, 3)
+    full = make_cluster_plan(request()).performance
+    assert full is not None
+    assert full.in_flight == 4  # hops are shorter than reading a stage's weights: one more would not pay
+    slow = make_cluster_plan(request(link=Link(latency_s=0.01))).performance
+    assert slow is not None
+    assert slow.in_flight == 5
+
+
+def test_what_a_process_holds_comes_from_the_profile(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    values = {"memory_mib": 81920, "memory_gb_per_s": 2000, "bf16_tflops": 300, "reserve_mib": 300}
+    known = {"layer_s": {1: 0.001}, "head_s": {1: 0.004}}
+    path.write_text(yaml.safe_dump({"gpus": {"mine": values | {"host": {"cores": 2, "busy": known}}}}))
+    mine = read_profile(str(path))["mine"]
+    assert mine.reserve_bytes == 300 << 20
+    assert mine.host == Host(cores=2, busy=Measured(layer_s=((1, 0.001),), head_s=((1, 0.004),)))
+    [stage] = make_cluster_plan(replace(request("qwen2-0.5b"), gpus=(mine,))).stages
+    assert stage.memory.cuda_reserve_bytes == 300 << 20
+    with pytest.raises(ConfigError, match="share the cores of one machine"):
+        make_cluster_plan(replace(request("qwen2-0.5b"), gpus=(mine, replace(mine, host=None))))
+    for wrong in ({"reserve_mib": -1}, {"host": {"cores": 0}}, {"host": {}}, {"host": {"cores": 2, "speed": 1}}):
+        path.write_text(yaml.safe_dump({"gpus": {"mine": values | wrong}}))
+        with pytest.raises(ConfigError, match="--profile"):
+            read_profile(str(path))
 
 
 def test_a_measured_profile_goes_before_the_rates(tmp_path: Path) -> None:

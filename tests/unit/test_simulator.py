@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.cli import main
-from gateway.planner.catalogue import find_model_config, gpus, parse_inventory
+from gateway.planner.catalogue import Host, find_model_config, gpus, parse_inventory
 from gateway.planner.cluster_plan import make_cluster_plan
 from gateway.planner.cost import Link
 from gateway.planner.types import Request
@@ -22,11 +22,13 @@ from gateway.simulator.traffic import arrivals, rate_at
 FREE_GATEWAY = GatewayCost(request_s=0, step_s=0, row_s=0)
 
 
-def scenario(inventory: str = "a100-80g:4", num_stages: int | None = None, **changes) -> Scenario:
+def scenario(
+    inventory: str = "a100-80g:4", num_stages: int | None = None, host: Host | None = None, **changes
+) -> Scenario:
     request = Request(
         model="qwen2-72b",
         config=find_model_config("qwen2-72b"),
-        gpus=parse_inventory(inventory, gpus()),
+        gpus=tuple(replace(gpu, host=host) for gpu in parse_inventory(inventory, gpus())),
         num_stages=num_stages,
         link=changes.pop("link", Link()),
     )
@@ -43,11 +45,12 @@ def closed(streams: int, prompt: int, output: int) -> Traffic:
 )
 @settings(deadline=None)
 def test_workers_do_one_thing_at_a_time_on_so_many_cores(jobs, cores) -> None:
-    clock, pool = Clock(), Cores(cores)
+    clock = Clock()
+    pool = Cores(clock, cores)
     workers = [Worker(clock, pool) for _ in range(4)]
     ended: list[tuple[int, int, float]] = []
     for number, (worker, job_s) in enumerate(jobs):
-        workers[worker].submit(job_s, lambda n=number, w=worker: ended.append((w, n, clock.now_s)))
+        workers[worker].submit(job_s, lambda _, n=number, w=worker: ended.append((w, n, clock.now_s)))
     clock.run(1e6)
     assert len(ended) == len(jobs)
     for worker in range(4):  # each in its own order
@@ -55,12 +58,34 @@ def test_workers_do_one_thing_at_a_time_on_so_many_cores(jobs, cores) -> None:
     total = sum(job_s for _, job_s in jobs)
     longest = max(sum(job_s for w, job_s in jobs if w == worker) for worker in range(4))
     makespan = max(at for *_, at in ended)
+    assert makespan <= total + 1e-6
     assert makespan >= max(longest, total / (cores or 4)) - 1e-9
     if cores is None:
         assert makespan == pytest.approx(longest)
     if cores == 1:
         assert makespan == pytest.approx(total)
     assert sum(worker.busy_s for worker in workers) == pytest.approx(total)
+
+
+def test_jobs_share_cores_evenly_and_slow_each_other_down() -> None:
+    """Three jobs on two cores: by hand. A job takes twice as long while both cores compute."""
+    clock = Clock()
+    cores, ended = Cores(clock, 2), []
+
+    def run(name: str, alone_s: float, busy_s: float) -> None:
+        cores.run(alone_s, busy_s, lambda spent: ended.append((name, clock.now_s, spent.elapsed_s, spent.core_s)))
+
+    run("a", 1.0, 2.0)
+    run("b", 4.0, 8.0)
+    clock.after(1.0, lambda: run("c", 1.0, 1.0))
+    clock.run(100.0)
+    # a and b have a core each for 1 s: a is half done, b an eighth. Then each of three has 2/3 of a core: a ends its other
+    # half of 2 s of core time after 1.5 s, and c, of 1 s, as well. b has had 2 s of 8, and does 3/4 of 4 s alone.
+    assert ended == [
+        ("a", pytest.approx(2.5), pytest.approx(2.5), pytest.approx(2.0)),
+        ("c", pytest.approx(2.5), pytest.approx(1.5), pytest.approx(1.0)),
+        ("b", pytest.approx(5.5), pytest.approx(5.5), pytest.approx(5.0)),
+    ]
 
 
 def test_one_stream_is_as_fast_as_the_plan_says() -> None:
@@ -89,7 +114,7 @@ def test_a_full_pipeline_is_as_fast_as_the_plan_says() -> None:
 def test_stages_of_one_host_share_its_cores() -> None:
     many = closed(32, 256, 64)
     apart, together = (
-        simulate(scenario(traffic=many, cores=cores, duration_s=60.0, warmup_s=20.0)) for cores in (None, 1)
+        simulate(scenario(traffic=many, host=host, duration_s=60.0, warmup_s=20.0)) for host in (None, Host(cores=1))
     )
     assert together.output_tokens_per_s < 0.4 * apart.output_tokens_per_s
     assert sum(together.utilization) + together.gateway_utilization < 1.02  # steps count when they return
