@@ -17,7 +17,7 @@ from gateway.planner.catalogue import Gpu, Host, find_model_config, gpus, host_o
 from gateway.planner.cluster_plan import make_cluster_plan
 from gateway.planner.cost import Link, Workload
 from gateway.planner.k8s import Deployment, as_stream, manifests, write
-from gateway.planner.nodes import cluster_gpus
+from gateway.planner.nodes import cluster_gpus, missing_kinds
 from gateway.planner.price import parse_prices, plan_cost
 from gateway.planner.report import make_plan
 from gateway.planner.split import resolve_layers
@@ -120,6 +120,9 @@ def _manifests(
         config=config,
     )
     files = manifests(plan, known, deployment)
+    if args.cluster:
+        for line in missing_kinds(args.storage_class):
+            print(f"stageline plan: {line}", file=sys.stderr)
     if args.output_dir is None:
         print(as_stream(files), end="")
         return 0
@@ -180,6 +183,14 @@ def check_request(args: argparse.Namespace, config: Config) -> None:
             "MODEL_MISSING",
             "--model is required: a folder, a .gguf file, a hub id, or a known name such as qwen2-72b",
             field="model.path",
+        )
+    if config.model.quantization is not None:
+        raise ConfigError(
+            "QUANTIZATION_NOT_PLANNED",
+            "the planner counts bytes of bfloat16 or float32 weights; quantized ones are for stages on the CPU, which no GPU "
+            "plan holds: leave --quantization out",
+            field="model.quantization",
+            value=config.model.quantization,
         )
     check_ranges(
         {

@@ -55,6 +55,8 @@ def _what_fits(request: Request, known: Mapping[str, Gpu]) -> list[str]:
     lines = []
     last = request.gpus[-1]
     free = replace(request, layers=None, num_stages=None)
+    if free != request and make_cluster_plan(free).fits:
+        lines.append(f"one pipeline of {len(request.gpus)} stages would fit: leave --stages and --layers out")
     for count in range(len(request.gpus) + 1, request.config.num_layers + 1):
         more = (*request.gpus, *[last] * (count - len(request.gpus)))
         if make_cluster_plan(replace(free, gpus=more)).fits:

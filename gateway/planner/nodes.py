@@ -71,21 +71,10 @@ def read_nodes(context: str | None = None) -> list[Any]:
     UnavailableError where the API server does not answer.
     """
     import urllib3
-    from kubernetes import client, config
+    from kubernetes import client
     from kubernetes.client.exceptions import ApiException
 
-    load: Any = config.load_config  # untyped
-    # The client reads KUBECONFIG only once, when it is imported.
-    kubeconfig = {"config_file": os.environ["KUBECONFIG"]} if os.environ.get("KUBECONFIG") else {}
-    # Without any kubeconfig the client passes what it got to a loader that takes nothing.
-    wanted = kubeconfig if context is None else {**kubeconfig, "context": context}
-    try:
-        with contextlib.redirect_stdout(None):  # it prints where it looks
-            load(**wanted)
-    except (config.ConfigException, OSError) as error:
-        raise ConfigError(
-            "KUBECONFIG_UNUSABLE", f"--cluster: {error}; set KUBECONFIG or run where kubectl works", field="cluster"
-        ) from None
+    _load_kubeconfig(context)
     nodes: list[Any] = []
     token: str | None = None
     try:
@@ -113,6 +102,61 @@ def read_nodes(context: str | None = None) -> list[Any]:
         raise UnavailableError(
             "API_SERVER_UNREACHABLE", f"--cluster: the API server does not answer: {error}"
         ) from None
+
+
+def _load_kubeconfig(context: str | None) -> None:
+    from kubernetes import config
+
+    load: Any = config.load_config  # untyped
+    # The client reads KUBECONFIG only once, when it is imported.
+    kubeconfig = {"config_file": os.environ["KUBECONFIG"]} if os.environ.get("KUBECONFIG") else {}
+    # Without any kubeconfig the client passes what it got to a loader that takes nothing.
+    wanted = kubeconfig if context is None else {**kubeconfig, "context": context}
+    try:
+        with contextlib.redirect_stdout(None):  # it prints where it looks
+            load(**wanted)
+    except (config.ConfigException, OSError) as error:
+        raise ConfigError(
+            "KUBECONFIG_UNUSABLE", f"--cluster: {error}; set KUBECONFIG or run where kubectl works", field="cluster"
+        ) from None
+
+
+def missing_kinds(storage_class: str, context: str | None = None) -> tuple[str, ...]:
+    """A sentence for each thing the manifests refer to and the cluster does not have: KubeRay's RayService, the StorageClass
+    of the weights. One that may not be read is said to be unknown. Raises ConfigError without a usable kubeconfig."""
+    import urllib3
+    from kubernetes import client
+    from kubernetes.client.exceptions import ApiException
+
+    _load_kubeconfig(context)
+    sentences = []
+    with client.ApiClient() as api:
+
+        def has_ray_service() -> bool:
+            found = client.CustomObjectsApi(api).get_api_resources("ray.io", "v1", _request_timeout=30)
+            return any(resource.kind == "RayService" for resource in found.resources)
+
+        def has_storage_class() -> bool:
+            client.StorageV1Api(api).read_storage_class(storage_class, _request_timeout=30)
+            return True
+
+        for what, has, help_ in (
+            ("kind RayService", has_ray_service, "install the KubeRay operator and its CRDs before `kubectl apply`"),
+            (
+                f"StorageClass {storage_class}",
+                has_storage_class,
+                "the volume of the weights would stay Pending: name one that can ReadWriteMany with --storage-class",
+            ),
+        ):
+            try:
+                known = None if has() else "has no"
+            except ApiException as error:
+                known = "has no" if error.status == 404 else f"did not say ({error.status}) whether it has"
+            except urllib3.exceptions.HTTPError as error:
+                known = f"did not say ({error}) whether it has"
+            if known is not None:
+                sentences.append(f"the cluster {known} {what}: {help_}")
+    return tuple(sentences)
 
 
 def cluster_gpus(known: Mapping[str, Gpu], context: str | None = None) -> NodeInventory:

@@ -198,6 +198,13 @@ def test_a_plan_that_does_not_fit_says_what_does() -> None:
     assert not make_cluster_plan(request(inventory=fewer)).fits
 
 
+def test_a_cut_by_hand_that_does_not_fit_is_told_apart_from_gpus_that_do_not() -> None:
+    wanted = request(layers="0-10,10-20,20-30,30-80")
+    plan = make_cluster_plan(wanted)
+    assert not plan.fits
+    assert "leave --stages and --layers out" in advise(wanted, plan, KNOWN).help[0]
+
+
 def test_the_order_of_kinds_is_chosen() -> None:
     a, b = (make_cluster_plan(request(inventory=text)) for text in ("l40s-48g:4,a10g-24g:2", "a10g-24g:2,l40s-48g:4"))
     assert a.performance is not None
@@ -303,6 +310,7 @@ def test_command_line_json_and_table(capsys) -> None:
         (("--gpu", "a100-80g:4", "--sequences", "0"), "--sequences"),
         (("--gpu", "a100-80g:4", "--context-tokens", "200000"), "131072"),
         (("--profile", "x.yaml"), "--gpu"),
+        (("--gpu", "a100-80g:4", "--quantization", "int8"), "leave --quantization out"),
         (("--gpu", "a100-80g:4", "--profile", "/nowhere.yaml"), "nowhere"),
     ],
 )

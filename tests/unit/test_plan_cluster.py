@@ -59,6 +59,7 @@ class ApiServer(ThreadingHTTPServer):
 
     nodes: list[dict] = NODES
     status = 200
+    also: dict[str, dict]
     requests: list[str]
 
 
@@ -68,7 +69,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
         url = urlsplit(self.path)
-        if url.path != "/api/v1/nodes" or self.server.status != 200:
+        if url.path in self.server.also:
+            self.answer(200, self.server.also[url.path])
+        elif url.path != "/api/v1/nodes" or self.server.status != 200:
             status = self.server.status if url.path == "/api/v1/nodes" else 404
             self.answer(status, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status})
         elif self.headers["Authorization"] != "Bearer let-me-in":
@@ -97,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch) -> Iterator[ApiServer]:
     server = ApiServer(("127.0.0.1", 0), Handler)
-    server.requests = []
+    server.requests, server.also = [], {}
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     write_kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{server.server_port}")
@@ -144,6 +147,33 @@ def test_the_cluster_is_planned_for_and_what_is_left_out_is_named(capsys, api: A
         assert why in line
     assert "cpu-1" not in err
     assert "broken" not in err
+
+
+def test_what_the_manifests_need_and_the_cluster_lacks_is_said(capsys, api: ApiServer, tmp_path: Path) -> None:
+    args = ("--model", "qwen2-72b", "--storage-class", "fast", "--output", "k8s", "--output-dir", str(tmp_path / "k8s"))
+    code, out, err = plan(capsys, *args)
+    assert code == 0
+    assert out  # written all the same: both can be installed afterwards
+    assert "no kind RayService: install the KubeRay operator" in err
+    assert "no StorageClass fast: " in err
+    ray = {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": "ray.io/v1", "resources": []}
+    fast = {"kind": "StorageClass", "metadata": {"name": "fast"}, "provisioner": "example.com/files"}
+    api.also = {"/apis/ray.io/v1": ray, "/apis/storage.k8s.io/v1/storageclasses/fast": fast}
+    code, _, err = plan(capsys, *args)
+    assert code == 0
+    assert "no kind RayService" in err
+    assert "StorageClass" not in err
+    service = {
+        "name": "rayservices",
+        "singularName": "rayservice",
+        "namespaced": True,
+        "kind": "RayService",
+        "verbs": ["get"],
+    }
+    api.also["/apis/ray.io/v1"] = ray | {"resources": [service]}
+    code, _, err = plan(capsys, *args)
+    assert code == 0
+    assert "RayService" not in err
 
 
 def test_no_gpu_that_could_serve(capsys, api: ApiServer) -> None:
