@@ -52,7 +52,7 @@ class GatewayCost:
     """Seconds that one gateway process, which does one thing at a time, spends on a request, on a step (schedule, build,
     parse, complete) and on an output row of a step (choice, detokenizing, streaming).
 
-    The defaults are assumptions of the size `benchmarks/calibrate.py` measures on the development machine.
+    The defaults are assumptions of the size `benchmarks/gateway.py` measures on the development machine.
     """
 
     request_s: float = 0.002
