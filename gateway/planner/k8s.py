@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -73,7 +74,12 @@ def manifests(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment
 
 def render(name: str, values: Mapping[str, object]) -> str:
     """The template `name`, filled."""
-    environment = jinja2.Environment(
+    return _environment().get_template(name).render(values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
@@ -81,7 +87,6 @@ def render(name: str, values: Mapping[str, object]) -> str:
         lstrip_blocks=True,
         autoescape=False,  # YAML, not HTML
     )
-    return environment.get_template(name).render(values)
 
 
 def _check(plan: ClusterPlan, deployment: Deployment) -> None:
