@@ -62,7 +62,7 @@ def run_dataset(job: DatasetJob, note: Callable[[str], None]) -> Plan:
     occur twice, UnavailableError where no server answers.
     """
     output, errors = Place(absolute(job.output)), Place(absolute(job.errors))
-    files = tuple(expand(job.input))
+    files = tuple(expand(job.input, without=(output, errors)))
     where = job.state / "plan.json"
     with _only_one(job.state):
         data = where.read()

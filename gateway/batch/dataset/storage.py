@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +110,9 @@ class Place:
             fs.rm(path, recursive=True)
 
 
-def expand(url: str) -> list[tuple[str, int, str]]:
-    """(URL, bytes, version) of every .jsonl and .parquet file that a path, folder or pattern names, sorted by URL.
+def expand(url: str, without: Sequence[Place] = ()) -> list[tuple[str, int, str]]:
+    """(URL, bytes, version) of every .jsonl and .parquet file that a path, folder or pattern names, sorted by URL, but for
+    those of `without`: results may lie beside their input.
 
     The version changes with the content, and may change without. Raises ConfigError where there is none, or a file named
     has another suffix.
@@ -127,7 +128,12 @@ def expand(url: str) -> list[tuple[str, int, str]]:
             names = [path]
         else:
             names = []
-        found = [(fs.unstrip_protocol(name), int(fs.size(name)), str(fs.ukey(name))) for name in sorted(names)]
+        left_out = {fs.unstrip_protocol(fs._strip_protocol(one.url)) for one in without}
+        found = [
+            (full, int(fs.size(name)), str(fs.ukey(name)))
+            for name in sorted(names)
+            if (full := fs.unstrip_protocol(name)) not in left_out
+        ]
     except OSError as error:
         raise unreadable(url, error) from None
     if not found:
