@@ -23,7 +23,12 @@ from gateway.batch.dataset.storage import Place
 
 HEAD = """
 import sys, ray
-ray.init(address="local", include_dashboard=False, num_cpus=4, object_store_memory=100_000_000, log_to_driver=False)
+for attempt in range(5):
+    try:
+        ray.init(address="local", include_dashboard=False, num_cpus=4, object_store_memory=100_000_000, log_to_driver=False)
+        break
+    except Exception:  # Ray gives its raylet 30 s, which is not enough where the machine has other work
+        ray.shutdown()
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """

@@ -32,7 +32,7 @@ from gateway.batch.dataset.runner import Runner, RunnerSettings
 from gateway.batch.dataset.shards import Scan, Shard, cut, read, scan, with_scans
 from gateway.batch.dataset.storage import Place, expand
 from gateway.batch.plan import MAX_NAMED_DUPLICATES
-from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
+from stageline.errors import ConfigError, InvalidArgumentError, StagelineError, UnavailableError
 
 SHARDS_A_WORKER = 2  # while the last requests of one end, the next one's begin
 PROGRESS_EVERY_S = 10.0
@@ -210,7 +210,11 @@ def _ray(workers: int) -> Iterator[None]:
     import ray
     from ray.data import DataContext
 
-    ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **local)
+    try:
+        ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **local)
+    except Exception as error:  # Ray has no class of its own for it
+        where = f"the cluster at RAY_ADDRESS={address} cannot be reached" if address else "Ray cannot start here"
+        raise UnavailableError("RAY_UNAVAILABLE", f"{where}: {error}") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     try:
