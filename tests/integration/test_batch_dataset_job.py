@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -36,9 +38,26 @@ CONCURRENCY = 16
 pytestmark = pytest.mark.timeout(600)
 
 
+@dataclass
+class Cluster:
+    """`env`: of a job on it; a RayJob's entrypoint finds its cluster by the same variable."""
+
+    env: dict[str, str]
+    head_pid: int
+
+    def runners(self) -> list[psutil.Process]:
+        """Ray Data's actors of this cluster alone."""
+        found = []
+        for process in psutil.Process(self.head_pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "MapWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+
 @pytest.fixture(scope="module")
-def env() -> Iterator[dict[str, str]]:
-    """Of a job on the module's cluster; a RayJob's entrypoint finds its cluster by the same variable."""
+def ray_cluster() -> Iterator[Cluster]:
+    """One for the module."""
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     head = subprocess.Popen(
         [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -49,7 +68,7 @@ def env() -> Iterator[dict[str, str]]:
     try:
         address = head.stdout.readline().strip()
         assert address, "Ray did not start"
-        yield {**env, "RAY_ADDRESS": address}
+        yield Cluster({**env, "RAY_ADDRESS": address}, head.pid)
     finally:
         head.stdin.close()  # the head's process ends, and with it everything that Ray started
         try:
@@ -116,14 +135,14 @@ def records(path: Path) -> list[dict]:
     return [json.loads(text) for text in path.read_text().splitlines()]
 
 
-def test_a_job_that_is_killed_goes_on_where_it_was(env, server, tmp_path) -> None:
+def test_a_job_that_is_killed_goes_on_where_it_was(ray_cluster, server, tmp_path) -> None:
     lines = [json.dumps(fields(number)) for number in range(1200)]
     lines[5:5] = ["this is not JSON", "", json.dumps(fields(9000, url="/v1/embeddings")),
                   json.dumps(fields(9001, body={"model": "other", "prompt": "a"})),
                   json.dumps(fields(9002, body={"model": "toy", "prompt": "a", "stream": True}))]  # fmt: skip
     given = tmp_path / "in.jsonl"
     given.write_text("\n".join(lines) + "\n")
-    job = Job(env, server, given, tmp_path / "out.jsonl")
+    job = Job(ray_cluster.env, server, given, tmp_path / "out.jsonl")
     before = answered(server)
     process = job.start()
     job.wait_until(lambda: job.durable() >= 300, process)
@@ -158,18 +177,17 @@ def test_a_job_that_is_killed_goes_on_where_it_was(env, server, tmp_path) -> Non
     assert answered(server) == asked
 
 
-def test_parquet_while_runners_and_the_server_die(env, server, tmp_path) -> None:
+def test_parquet_while_runners_and_the_server_die(ray_cluster, server, tmp_path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for place, numbers in enumerate((range(700), range(700, 1100))):
         rows = [fields(number) for number in numbers]
         rows = [{**row, "body": json.dumps(row["body"])} if place else row for row in rows]  # text, and structs
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{place}.parquet", row_group_size=500)
-    job = Job(env, server, folder, tmp_path / "out.parquet")
+    job = Job(ray_cluster.env, server, folder, tmp_path / "out.parquet")
     process = job.start()
     job.wait_until(lambda: job.durable() >= 100, process)
-    runners = [p for p in psutil.process_iter(["name", "cmdline"]) if "MapWorker" in " ".join(p.info["cmdline"] or ())
-               and p.environ().get("RAY_ADDRESS", env["RAY_ADDRESS"]) == env["RAY_ADDRESS"]]  # fmt: skip
+    runners = ray_cluster.runners()
     assert runners
     for runner in runners:
         runner.kill()
@@ -190,10 +208,10 @@ def test_parquet_while_runners_and_the_server_die(env, server, tmp_path) -> None
     assert job.errors.read_text() == ""
 
 
-def test_a_custom_id_that_stands_twice_is_refused_by_name(env, server, tmp_path) -> None:
+def test_a_custom_id_that_stands_twice_is_refused_by_name(ray_cluster, server, tmp_path) -> None:
     for name, numbers in (("a", range(40)), ("b", range(39, 60))):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(fields(number)) for number in numbers))
-    job = Job(env, server, tmp_path, tmp_path / "out" / "out.jsonl")
+    job = Job(ray_cluster.env, server, tmp_path, tmp_path / "out" / "out.jsonl")
     code, out, err = job.run()
     assert (code, out) == (2, "")
     assert "'r-39' in a.jsonl line 40 and b.jsonl line 1" in err

@@ -85,9 +85,14 @@ class Place:
                     Path(temporary).unlink(missing_ok=True)
                     raise
             else:
-                with fs.open(temporary, "wb") as file:
-                    yield file
-                fs.mv(temporary, path)
+                try:
+                    with fs.open(temporary, "wb") as file:
+                        yield file
+                    fs.mv(temporary, path)
+                except BaseException:
+                    with contextlib.suppress(Exception):
+                        fs.rm(temporary)
+                    raise
         except OSError as error:
             raise _unwritable(self.url, error) from None
 
@@ -136,6 +141,10 @@ def expand(url: str, without: Sequence[Place] = ()) -> list[tuple[str, int, str]
         ]
     except OSError as error:
         raise unreadable(url, error) from None
+    except Exception as error:  # drivers have classes of their own for credentials that are missing
+        if _is_local(fs):
+            raise
+        raise ConfigError("INPUT_UNREADABLE", f"cannot read {url}: {error}", url=url) from None
     if not found:
         raise ConfigError(
             "INPUT_NOT_FOUND",
