@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # Two images from one file; both run as user 1000:100 and hold bash and wget, which KubeRay's start and probes use.
-#   docker build --target cpu  -t stageline:0.1.0-cpu  .     head, gateway, downloader
+#   docker build --target cpu  -t stageline:0.1.0-cpu  .     head, gateway, downloader, batch jobs
 #   docker build --target cuda -t stageline:0.1.0-cuda .     stages
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
@@ -27,7 +27,8 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 FROM base AS cpu
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir --extra-index-url "${TORCH_CPU_INDEX}" /wheels/*.whl
+    wheel=$(echo /wheels/*.whl) \
+    && pip install --no-cache-dir --extra-index-url "${TORCH_CPU_INDEX}" "${wheel}[dataset,gcs,s3]"
 USER 1000:100
 WORKDIR /home/ray
 

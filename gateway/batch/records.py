@@ -16,9 +16,10 @@ _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 def line_record(
     batch_id: str, number: int, custom_id: str | None, *, body: dict[str, Any] | None = None,
-    error: StagelineError | None = None, ran: bool = False,
+    error: StagelineError | None = None, ran: bool = False, status: int = 200, line: int | None = None,
 ) -> bytes:  # fmt: skip
-    """One line, with its line feed: the answer's `body`, or the `error` of a request that `ran` or of one that did not.
+    """One line, with its line feed: the answer's `body` under its HTTP `status`, or the `error` of a request that `ran` or
+    of one that did not (its `line`: `number` unless given).
 
     As in OpenAI's files: what ran has a `response` with the status the HTTP door would have sent, what did not has an
     `error`.
@@ -27,11 +28,11 @@ def line_record(
     problem: dict[str, Any] | None = None
     request_id = f"{batch_id}-{number}"
     if error is None:
-        response = {"status_code": 200, "request_id": request_id, "body": body}
+        response = {"status_code": status, "request_id": request_id, "body": body}
     elif ran:
         response = {"status_code": error.http_status, "request_id": request_id, "body": error_object(error)}
     else:
-        problem = {"code": error.reason.lower(), "message": error.message, "line": number}
+        problem = {"code": error.reason.lower(), "message": error.message, "line": line or number}
     record = {
         "id": f"batch_req_{batch_id.removeprefix('batch_')}_{number}",
         "custom_id": custom_id,

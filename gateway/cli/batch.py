@@ -1,4 +1,4 @@
-"""Run files of requests on a server: submit, get, list, cancel, delete."""
+"""Run files of requests on a server, or datasets on a cluster: submit, get, list, cancel, delete."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from gateway.batch.records import batch_object
 from gateway.batch.types import Batch
+from gateway.cli.batch_cluster import add_cluster_arguments, check_flags, run_on_cluster
 from gateway.cli.batch_job import BatchClient, Job, describe, run_job
 from gateway.cli.connection import add_connection_arguments, connection_from
 from stageline.errors import ConfigError
@@ -33,19 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("id", metavar="ID")
     listed = verbs.add_parser("list", help="batches, the newest first")
     listed.add_argument("--limit", type=int, default=20, help="how many, up to 100")
+    for one in (submit, get, cancel, listed):
+        add_cluster_arguments(one, submit=one is submit)
     for one in (submit, get, cancel, delete, listed):
         add_connection_arguments(one)
         one.add_argument("--output", choices=["table", "json"], default="table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exits 0 where a batch was completed (failed lines are in the error file), 1 where it was cancelled or expired."""
+    """Exits 0 where a batch was completed (failed lines are in the error file), 1 where it was cancelled or expired, or its
+    RayJob failed."""
+    check_flags(args)
+    if args.batch_verb == "list" and not 1 <= args.limit <= 100:
+        raise ConfigError("CONFIG_INVALID", f"--limit must be from 1 to 100, got {args.limit}", field="--limit")
+    if getattr(args, "kubernetes", False):
+        return _on_cluster(args)
     with BatchClient(connection_from(args)) as client:
         if args.batch_verb == "submit":
             return _submit(args, client)
         if args.batch_verb == "list":
-            if not 1 <= args.limit <= 100:
-                raise ConfigError("CONFIG_INVALID", f"--limit must be from 1 to 100, got {args.limit}", field="--limit")
             found, more = client.list(args.limit)
             data = [batch_object(batch) for batch in found]
             if args.output == "json":
@@ -58,6 +65,16 @@ def run(args: argparse.Namespace) -> int:
             return 0
         _show(args, client.get(args.id) if args.batch_verb == "get" else client.cancel(args.id))
         return 0
+
+
+def _on_cluster(args: argparse.Namespace) -> int:
+    code, jobs = run_on_cluster(args, None if args.output == "json" else _progress())
+    shown = [job.to_dict() if args.output == "json" else job.describe() for job in jobs]
+    if args.output == "json":
+        print(json.dumps({"object": "list", "data": shown} if args.batch_verb == "list" else shown[0], indent=2))
+    else:
+        print("\n".join(map(str, shown)) or "no batches")
+    return code
 
 
 def _submit(args: argparse.Namespace, client: BatchClient) -> int:

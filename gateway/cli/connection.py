@@ -56,12 +56,17 @@ def connection_from(args: argparse.Namespace) -> Connection:
         )
         if args.server_name:
             options.append(("grpc.ssl_target_name_override", args.server_name))
-    key = _read(args.api_key_file).decode("ascii", "replace") if args.api_key_file else os.environ.get(KEY_VARIABLE, "")
-    key = key.strip()
-    if not (key.isascii() and (key.isprintable())) or " " in key:  # the message must not say it
-        raise ConfigError("API_KEY_INVALID", "an API key is printable ASCII without spaces", field="api_key")
+    key = api_key(args.api_key_file)
     metadata = (("authorization", f"Bearer {key}"),) if key else ()
     return Connection(args.address or find(), credentials, tuple(options), metadata)
+
+
+def api_key(path: str | None) -> str:
+    """From the file, else from the environment; "" where there is none. Raises ConfigError for one that cannot be sent."""
+    key = (_read(path).decode("ascii", "replace") if path else os.environ.get(KEY_VARIABLE, "")).strip()
+    if not (key.isascii() and (key.isprintable())) or " " in key:  # the message must not say it
+        raise ConfigError("API_KEY_INVALID", "an API key is printable ASCII without spaces", field="api_key")
+    return key
 
 
 def _read(path: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,8 @@ _DECIDED = {"model.path", "model.name", "model.dtype", "model.revision", "stages
 _NOT_HERE = {"stages.replicas", "stages.device", "stages.num_cpus", "stages.num_gpus", "stages.host",
              "kv_cache.num_blocks", "kv_cache.memory_bytes", "server.host", "server.grpc_port", "server.http_port",
              "server.ready_timeout_s"}  # fmt: skip
+BATCH_JOB, BATCH_MOUNT = "jobs/batch-rayjob.yaml", "/data"
+SERVE_ADDRESS = "http://stageline-serve-svc:8000"  # KubeRay's own Service of the HTTP door, from pods of the namespace
 POLICY = "gateway.autoscale.policy:LockstepPolicy"  # as gateway.app.autoscaling_policy declares it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -64,7 +67,18 @@ def manifests(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment
         )
     _check(plan, deployment)
     _check_gpus({gpus[stage.gpu] for stage in plan.stages})
-    environment = jinja2.Environment(
+    values = _values(plan, gpus, deployment)
+    return {name: render(name, values) for name in template_names()}
+
+
+def render(name: str, values: Mapping[str, object]) -> str:
+    """The template `name`, filled."""
+    return _environment().get_template(name).render(values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
@@ -72,8 +86,6 @@ def manifests(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment
         lstrip_blocks=True,
         autoescape=False,  # YAML, not HTML
     )
-    values = _values(plan, gpus, deployment)
-    return {name: environment.get_template(name).render(values) for name in template_names()}
 
 
 def _check(plan: ClusterPlan, deployment: Deployment) -> None:
@@ -101,16 +113,19 @@ def _check(plan: ClusterPlan, deployment: Deployment) -> None:
             "bfloat16 and kv_cache.block_size_tokens in multiples of 256",
             field="model.dtype",
         )
+    check_names(deployment)
+
+
+def check_names(deployment: Deployment) -> None:
+    """Raise ConfigError for a name that Kubernetes does not take."""
+    label = "at most 63 lower-case letters, digits and dashes"
+    subdomain = "lower-case letters, digits, dashes and dots"
+    image = "an image name without tag, such as registry.example/team/stageline"
     for flag, value, pattern, expected in (
-        ("--namespace", deployment.namespace, _DNS_LABEL, "at most 63 lower-case letters, digits and dashes"),
-        (
-            "--operator-namespace",
-            deployment.operator_namespace,
-            _DNS_LABEL,
-            "at most 63 lower-case letters, digits and dashes",
-        ),
-        ("--storage-class", deployment.storage_class, _DNS_SUBDOMAIN, "lower-case letters, digits, dashes and dots"),
-        ("--image", deployment.image, _IMAGE, "an image name without tag, such as registry.example/team/stageline"),
+        ("--namespace", deployment.namespace, _DNS_LABEL, label),
+        ("--operator-namespace", deployment.operator_namespace, _DNS_LABEL, label),
+        ("--storage-class", deployment.storage_class, _DNS_SUBDOMAIN, subdomain),
+        ("--image", deployment.image, _IMAGE, image),
     ):
         if not pattern.fullmatch(value):
             raise ConfigError("NAME_INVALID", f"{flag} {value!r}: expected {expected}", field=flag, value=value)
@@ -147,8 +162,8 @@ def write(files: Mapping[str, str], folder: Path) -> None:
 
 def as_stream(files: Mapping[str, str]) -> str:
     """All manifests as one YAML stream for `kubectl apply -f -`, each with the name of its file. Without `optional/`, whose
-    kinds a cluster may not have."""
-    wanted = {name: text for name, text in files.items() if not name.startswith("optional/")}
+    kinds a cluster may not have, and the batch job, which waits for an input."""
+    wanted = {name: text for name, text in files.items() if not name.startswith("optional/") and name != BATCH_JOB}
     return "".join(f"---\n# Source: k8s/{name}\n{text}" for name, text in wanted.items())
 
 
@@ -195,14 +210,11 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
     ]
     inventory = " and ".join(f"{count} x {gpu}" for gpu, count in plan.gpu_counts().items())
     args = _arguments(plan, deployment.config, f"{MODELS_MOUNT}/{name}", name)
-    image = f"{deployment.image}:{deployment.version}"
     return {
+        **common_values(deployment),
         "title": f"{name} on {inventory}: {plan.num_pipelines} pipeline{'s' * (plan.num_pipelines > 1)} of "
         f"{len(plan.stages)} stages"
         + (f", {plan.num_spares} spare{'s' * (plan.num_spares > 1)}" if plan.num_spares else ""),
-        "namespace": deployment.namespace,
-        "operator_namespace": deployment.operator_namespace,
-        "storage_class": deployment.storage_class,
         "storage_gi": math.ceil(1.25 * weights / 2**30 / 10) * 10,
         "weights_gb": round(weights / 1e9),
         "hub_id": hub,
@@ -224,11 +236,24 @@ def _values(plan: ClusterPlan, gpus: Mapping[str, Gpu], deployment: Deployment) 
         "spare_gpu": plan.spare_gpu,
         "gpu_groups": groups,
         "min_available": max(0, len(plan.stages) * fewest + plan.num_spares - 1),
+        "mark": MARK,
+        "gib": lambda size: f"{size / 2**30:.2f}",
+    }
+
+
+def common_values(deployment: Deployment) -> dict[str, object]:
+    """What templates take from no plan; all that the batch job's takes."""
+    image = f"{deployment.image}:{deployment.version}"
+    return {
+        "namespace": deployment.namespace,
+        "operator_namespace": deployment.operator_namespace,
+        "storage_class": deployment.storage_class,
         "cpu_image": f"{image}-cpu",
         "cuda_image": f"{image}-cuda",
         "ray_version": metadata.version("ray"),
-        "mark": MARK,
-        "gib": lambda size: f"{size / 2**30:.2f}",
+        "batch_mount": BATCH_MOUNT,
+        "batch_entrypoint": f"python -m gateway.batch.dataset {BATCH_MOUNT}/in.jsonl --output-file {BATCH_MOUNT}/out.jsonl "
+        f"--address {SERVE_ADDRESS}",
     }
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.cluster_api import api_client
 from gateway.planner.catalogue import MIB, Gpu, gpu_of_product
-from stageline.errors import ConfigError, NotFoundError, UnauthenticatedError, UnavailableError
+from stageline.errors import NotFoundError, UnauthenticatedError
 
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 MEMORY_LABEL = "nvidia.com/gpu.memory"  # MiB of one GPU
@@ -70,55 +69,28 @@ def read_nodes(context: str | None = None) -> list[Any]:
     Raises ConfigError without a usable kubeconfig, UnauthenticatedError where listing nodes is not allowed,
     UnavailableError where the API server does not answer.
     """
-    import urllib3
     from kubernetes import client
     from kubernetes.client.exceptions import ApiException
 
-    _load_kubeconfig(context)
     nodes: list[Any] = []
     token: str | None = None
-    try:
-        with client.ApiClient() as api:
-            while True:
+    with api_client("--cluster", context) as api:
+        while True:
+            try:
                 page = client.CoreV1Api(api).list_node(limit=PAGE_NODES, _continue=token, _request_timeout=30)
-                nodes += page.items
-                token = page.metadata._continue if page.metadata else None
-                if not token:
-                    return nodes
-    except ApiException as error:
-        if error.status in (401, 403):
-            raise UnauthenticatedError(
-                "NODES_FORBIDDEN",
-                f"--cluster: the API server refused to list nodes ({error.status} {error.reason}); "
-                "it takes a role with `get` and `list` on nodes",
-                status=error.status,
-            ) from None
-        raise UnavailableError(
-            "API_SERVER_FAILED",
-            f"--cluster: the API server answered {error.status} {error.reason}",
-            status=error.status,
-        ) from None
-    except urllib3.exceptions.HTTPError as error:
-        raise UnavailableError(
-            "API_SERVER_UNREACHABLE", f"--cluster: the API server does not answer: {error}"
-        ) from None
-
-
-def _load_kubeconfig(context: str | None) -> None:
-    from kubernetes import config
-
-    load: Any = config.load_config  # untyped
-    # The client reads KUBECONFIG only once, when it is imported.
-    kubeconfig = {"config_file": os.environ["KUBECONFIG"]} if os.environ.get("KUBECONFIG") else {}
-    # Without any kubeconfig the client passes what it got to a loader that takes nothing.
-    wanted = kubeconfig if context is None else {**kubeconfig, "context": context}
-    try:
-        with contextlib.redirect_stdout(None):  # it prints where it looks
-            load(**wanted)
-    except (config.ConfigException, OSError) as error:
-        raise ConfigError(
-            "KUBECONFIG_UNUSABLE", f"--cluster: {error}; set KUBECONFIG or run where kubectl works", field="cluster"
-        ) from None
+            except ApiException as error:
+                if error.status not in (401, 403):
+                    raise
+                raise UnauthenticatedError(
+                    "NODES_FORBIDDEN",
+                    f"--cluster: the API server refused to list nodes ({error.status} {error.reason}); "
+                    "it takes a role with `get` and `list` on nodes",
+                    status=error.status,
+                ) from None
+            nodes += page.items
+            token = page.metadata._continue if page.metadata else None
+            if not token:
+                return nodes
 
 
 def missing_kinds(storage_class: str, context: str | None = None) -> tuple[str, ...]:
@@ -128,9 +100,8 @@ def missing_kinds(storage_class: str, context: str | None = None) -> tuple[str, 
     from kubernetes import client
     from kubernetes.client.exceptions import ApiException
 
-    _load_kubeconfig(context)
     sentences = []
-    with client.ApiClient() as api:
+    with api_client("--cluster", context) as api:
 
         def has_ray_service() -> bool:
             found = client.CustomObjectsApi(api).get_api_resources("ray.io", "v1", _request_timeout=30)

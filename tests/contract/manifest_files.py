@@ -38,12 +38,38 @@ def pod_templates(manifests: list[dict[str, Any]]) -> Iterator[tuple[str, dict[s
     for item in manifests:
         name = f"{item['kind']}/{item['metadata']['name']}"
         if item["kind"] == "RayService":
-            cluster = item["spec"]["rayClusterConfig"]
-            yield f"{name} head", cluster["headGroupSpec"]["template"]
-            for group in cluster["workerGroupSpecs"]:
-                yield f"{name} {group['groupName']}", group["template"]
+            yield from _ray_pods(name, item["spec"]["rayClusterConfig"])
+        elif item["kind"] == "RayJob":
+            yield f"{name} submitter", item["spec"]["submitterPodTemplate"]
+            yield from _ray_pods(name, item["spec"]["rayClusterSpec"])
         elif "template" in item["spec"] if "spec" in item else False:
             yield name, item["spec"]["template"]
+
+
+def _ray_pods(name: str, cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield f"{name} head", cluster["headGroupSpec"]["template"]
+    for group in cluster["workerGroupSpecs"]:
+        yield f"{name} {group['groupName']}", group["template"]
+
+
+def pods_with_labels(manifests: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+    """(name, pod's spec, its labels), with those that KubeRay adds."""
+    for name, template in pod_templates(manifests):
+        labels = dict(template["metadata"]["labels"])
+        owner, _, group = name.partition(" ")
+        if owner.startswith("Ray") and group != "submitter":
+            labels |= {"ray.io/is-ray-node": "yes", "ray.io/group": "headgroup" if group == "head" else group,
+                       "ray.io/node-type": "head" if group == "head" else "worker"}  # fmt: skip
+        yield name, template["spec"], labels
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a LabelSelector matches; of its operators, those that are used here."""
+    for one in selector.get("matchExpressions", ()):
+        assert one["operator"] == "NotIn"
+        if labels.get(one["key"]) in one["values"]:
+            return False
+    return selector.get("matchLabels", {}).items() <= labels.items()
 
 
 def planned(tmp_path: Path, *args: str) -> list[dict[str, Any]]:

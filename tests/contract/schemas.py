@@ -18,6 +18,7 @@ from gateway import config as configuration
 # that k8s/optional/ uses and their neighbours: stricter than the real ones.
 CRDS = {
     ("ray.io/v1", "RayService"): "rayservices.v1.json",
+    ("ray.io/v1", "RayJob"): "rayjobs.v1.json",
     ("monitoring.coreos.com/v1", "PodMonitor"): "podmonitors.v1.json",
     ("cert-manager.io/v1", "Issuer"): "issuers.v1.json",
     ("cert-manager.io/v1", "Certificate"): "certificates.v1.json",

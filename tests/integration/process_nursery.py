@@ -7,8 +7,9 @@ not started anew, because what takes seconds is importing. `nursery()` is the ot
     {"kind": "stage", "layers": null, "num_blocks": 64}                            a spare that takes any → {"pid", "address"}
     {"kind": "gateway", "stages": [ADDRESS, ...], "settings": {EngineSettings}, "max_context_tokens": 200, "model": FOLDER}
                                             both doors → {"pid", "grpc", "http"}; without "model" the toy's
-    {"kind": "toy_gateway", "port": 0, "fingerprint": "toy", "state_url": "sqlite:///FILE"}
-                                            the gRPC door over toy stages within it → {"pid", "port"}
+    {"kind": "toy_gateway", "port": 0, "fingerprint": "toy", "state_url": "sqlite:///FILE", "http_port": 0}
+                                            the gRPC door, with "http_port" the HTTP door too, over toy stages within it →
+                                            {"pid", "port", "http_port"}
 """
 
 from __future__ import annotations
@@ -103,10 +104,15 @@ class ToyGateway:
         """Of its gRPC door, also while it is down."""
         return f"127.0.0.1:{self._options['port']}"
 
+    @property
+    def http(self) -> str:
+        """URL of its HTTP door, where it was started with one."""
+        return f"http://127.0.0.1:{self._options['http_port']}"
+
     def start(self) -> None:
         """Returns once it serves."""
         self.process = self._nursery.start(kind="toy_gateway", **self._options)
-        self._options["port"] = self.process["port"]
+        self._options |= {key: self.process[key] for key in ("port", "http_port") if self.process[key] is not None}
 
     def signal(self, number: int) -> None:
         """Send a signal to it."""
@@ -184,11 +190,9 @@ async def gateway(
     wait_ready: bool = True,
 ) -> None:
     """Both doors over an engine, until killed; after SIGTERM it drains and ends."""
-    import uvicorn
     from engine_helpers import FINGERPRINT, VOCAB_SIZE, byte_tokenizer
 
     from gateway.api.grpc.server import serve_grpc
-    from gateway.api.http.app import create_http_app
     from gateway.api.service import Frontend
     from gateway.engine import Engine, EngineSettings
     from gateway.pipelines.discovery import Registry, StaticDiscovery
@@ -214,15 +218,8 @@ async def gateway(
         await asyncio.wait_for(engine.wait_ready(), 60)
     frontend = Frontend(engine, tokenizer, None, info)
     grpc_server = await serve_grpc(frontend, "127.0.0.1", 0, write_timeout_s=write_timeout_s)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
-    if send_buffer_bytes:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
-    app = create_http_app(lambda: frontend, write_timeout_s=write_timeout_s)
-    http = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    serving = asyncio.create_task(http.serve(sockets=[listener]))
-    while not http.started:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    _say(grpc=f"127.0.0.1:{grpc_server.port}", http=f"http://127.0.0.1:{listener.getsockname()[1]}")
+    http_port, serving = await _serve_http(frontend, 0, send_buffer_bytes, write_timeout_s=write_timeout_s)
+    _say(grpc=f"127.0.0.1:{grpc_server.port}", http=f"http://127.0.0.1:{http_port}")
     stop = asyncio.Event()
     # uvicorn takes SIGTERM for itself while it serves
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
@@ -232,8 +229,30 @@ async def gateway(
     await asyncio.gather(serving, return_exceptions=True)
 
 
-async def toy_gateway(port: int, fingerprint: str = "toy", state_url: str | None = None) -> None:
-    """The gRPC door over an engine and toy stages in one process, until killed; with batches where there is a state."""
+async def _serve_http(
+    frontend: Any, port: int, send_buffer_bytes: int = 0, **options: Any
+) -> tuple[int, asyncio.Task[None]]:
+    """The HTTP door: its port, and the task that serves it."""
+    import uvicorn
+
+    from gateway.api.http.app import create_http_app
+
+    listener = socket.create_server(("127.0.0.1", port), backlog=4096)
+    if send_buffer_bytes:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    app = create_http_app(lambda: frontend, **options)
+    http = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    while not http.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    return int(listener.getsockname()[1]), serving
+
+
+async def toy_gateway(
+    port: int, fingerprint: str = "toy", state_url: str | None = None, http_port: int | None = None
+) -> None:
+    """The gRPC door over an engine and toy stages in one process, until killed; with batches where there is a state, and
+    the HTTP door where there is a port for it."""
     import engine_helpers
 
     from gateway.api.grpc.server import serve_grpc
@@ -250,8 +269,12 @@ async def toy_gateway(port: int, fingerprint: str = "toy", state_url: str | None
     frontend = Frontend(engine, engine_helpers.byte_tokenizer(), None, engine.model)
     batches = await open_batches(frontend, BatchSection(state_url=state_url))
     server = await serve_grpc(frontend, "127.0.0.1", port, batches=batches)
-    _say(port=server.port)
+    serving = None
+    if http_port is not None:
+        http_port, serving = await _serve_http(frontend, http_port)
+    _say(port=server.port, http_port=http_port)
     await asyncio.Event().wait()
+    del serving  # until here
 
 
 def _say(**answer: Any) -> None:
