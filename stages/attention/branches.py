@@ -79,7 +79,9 @@ def plan(group: Group, context: AttentionContext, block_size_tokens: int) -> Pla
     queries = context.query_lens[group.first : group.end]
     lengths = context.context_lens[group.first : group.end]
     longest, shared = max(queries), group.shared_blocks * block_size_tokens
-    starts, places, tokens = [], [], []
+    starts: list[int] = []
+    places: list[int] = []
+    tokens: list[int] = []
     token = 0
     for row, (count, length) in enumerate(zip(queries, lengths, strict=True)):
         tokens += [token + place if place < count else token for place in range(longest)]

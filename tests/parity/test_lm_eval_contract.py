@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
-from real_prompts import PROMPTS
+from real_prompts import PROMPTS as ALL_PROMPTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stageline.client import AsyncClient
@@ -18,9 +18,10 @@ from stageline.inference.v1 import scoring_pb2
 from tests.integration.doors_helpers import open_doors
 from tests.integration.test_structured_output import serving
 
+PROMPTS = ALL_PROMPTS[::3]
 TOLERANCE = 1e-3  # of a log-likelihood
 CONTINUATIONS = (" Paris", " a city of light, and of rain.\n\nIt", "???")
-BATCH = 13
+BATCH = 5
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -117,29 +118,3 @@ async def test_loglikelihoods(doors, reference):
         for way in (by_echo[place], by_score[place]):
             assert way[0] == pytest.approx(logprob, abs=TOLERANCE), (context, continuation)
             assert way[1] == greedy, (context, continuation)
-
-
-async def test_rolling_and_greedy_generation(doors, reference):
-    """A text that nothing comes before gets the end token before it; greedy answers end before a stop string."""
-    model, tokenizer = reference
-    texts = [text for text in PROMPTS if len(text) > 30]
-    prefix = tokenizer.eos_token_id
-    async with httpx.AsyncClient(base_url=doors.http, timeout=300) as web:
-        rolled = [await tokenize(web, text) for text in texts]
-        found = await loglikelihood(web, [[prefix, *tokens] for tokens in rolled], [1] * len(rolled))
-        name = (await web.get("/v1/models")).json()["data"][0]["id"]
-        context = tokenizer(PROMPTS[0]).input_ids
-        body = {
-            "model": name, "prompt": [context], "max_tokens": 12, "temperature": 0, "seed": 1234,
-            "stop": ["\n\n", "Question:", "</s>", "<|im_end|>", ".", "{}"],
-        }  # fmt: skip
-        text = (await web.post("/v1/completions", json=body)).raise_for_status().json()["choices"][0]["text"]
-    for (logprob, _), tokens in zip(found, rolled, strict=True):
-        assert logprob == pytest.approx(expected(model, [prefix], tokens)[0], abs=TOLERANCE)
-    ids = torch.tensor([context])
-    with torch.inference_mode():
-        whole = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0,
-            repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
-    assert text == tokenizer.decode(whole[0, len(context) :]).split("\n\n")[0].split(".")[0]
