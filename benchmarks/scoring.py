@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks.report import here
-from benchmarks.servers import serving
+from benchmarks.servers import given_or_serving
 from stageline.client import AsyncClient
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import scoring_pb2
@@ -37,8 +37,9 @@ def main() -> int:
     parser.add_argument("--continuations", type=int, default=1000)
     parser.add_argument("--continuation-tokens", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--server", nargs=2, metavar=("URL", "GRPC_ADDRESS"), help="one that serves the model already")
     args = parser.parse_args()
-    with serving(args.model, args.stages, "--dtype", args.dtype) as address:
+    with given_or_serving(args.server, args.model, args.stages, "--dtype", args.dtype) as (_, address):
         runs = asyncio.run(measure(address, args.continuations, args.continuation_tokens, args.repeats))
     median = {name: statistics.median(seconds) for name, seconds in runs.items()}
     report = {

@@ -17,6 +17,16 @@ def serving(model: str, stages: int, *flags: str) -> Iterator[str]:
 
 
 @contextmanager
+def given_or_serving(server: tuple[str, str] | None, model: str, stages: int, *flags: str) -> Iterator[tuple[str, str]]:
+    """The doors of the server that is given, else of one of our own."""
+    if server is not None:
+        yield server
+        return
+    with serving_doors(model, stages, *flags) as doors:
+        yield doors
+
+
+@contextmanager
 def serving_doors(model: str, stages: int, *flags: str) -> Iterator[tuple[str, str]]:
     """`stageline serve` on free ports; gives the URL of its HTTP door and its gRPC address."""
     command = [sys.executable, "-m", "gateway.cli", "serve", "--model", model, "--stages", str(stages),

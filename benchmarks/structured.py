@@ -1,8 +1,8 @@
 """Structured output: how many constrained answers are valid, and what the constraint costs at many streams.
 
-    python -m benchmarks.structured --model DIR [--stages 1] [--generations 200] [--streams 16] [--repeats 5] [--new-tokens 64]
+    python -m benchmarks.structured --model DIR [--stages 1] [--dtype float32] [--generations 200] [--streams 16] [--repeats 5] [--new-tokens 64]
 
-starts a server of its own. First answers are generated through the `openai` client at temperature 1, half by JSON schemas, half
+starts a server of its own, unless one is given. First answers are generated through the `openai` client at temperature 1, half by JSON schemas, half
 as calls of tools; each is parsed and checked against its schema by `jsonschema`. Then greedy streams run in turn with and without
 a schema that never lets an answer end. Prints one JSON object; exits 1 where an answer is not valid.
 """
@@ -21,7 +21,7 @@ import openai
 from openai.types.chat import ChatCompletionMessage
 
 from benchmarks.report import about, options
-from benchmarks.servers import serving_doors
+from benchmarks.servers import given_or_serving
 from gateway.bench.load import Generator, Shape
 from gateway.bench.measure import throughput
 from stageline.inference.v1 import generation_pb2 as gen
@@ -153,20 +153,25 @@ async def rates(address: str, args: argparse.Namespace) -> list[tuple[float, flo
 def main() -> int:
     """Serve, generate, check, measure, print."""
     parser = options(__doc__)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--chat-template-file", help="for a model whose own template takes no tools")
+    parser.add_argument("--server", nargs=2, metavar=("URL", "GRPC_ADDRESS"), help="one that serves the model already")
     args = parser.parse_args()
-    flags = ["--model.chat-template-file", args.chat_template_file] if args.chat_template_file else []
-    with serving_doors(args.model, args.stages, *flags) as (url, address):
+    flags = ["--dtype", args.dtype]
+    if args.chat_template_file:
+        flags += ["--model.chat-template-file", args.chat_template_file]
+    with given_or_serving(args.server, args.model, args.stages, *flags) as (url, address):
         model = openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list().data[0].id
         wrong = asyncio.run(all_valid(url, model, args.generations, args.streams))
         runs = asyncio.run(rates(address, args)) if args.repeats else []
     report = {
         **about("structured output: valid answers at temperature 1, and throughput against free answers", args),
+        "dtype": args.dtype,
         "answers": args.generations,
         "valid": args.generations - len(wrong),
         "wrong": wrong,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class AttentionContext:
     block_tables_RM: Tensor  # int32 [R, M]
     positions_T: Tensor  # int64 [T]
     slots_T: Tensor  # int64 [T]
+    shared_blocks: tuple[int, ...] = ()
+    """Leading blocks that a row has in common with the row before it, [R], 0 for decode rows; empty where nobody looked."""
     # What a backend worked out for this step and uses again in every layer.
     per_step: dict[Any, Any] = field(default_factory=dict)
 
@@ -44,7 +47,18 @@ class AttentionContext:
             block_tables_RM=tables,
             positions_T=positions,
             slots_T=slots,
+            shared_blocks=shared_blocks(batch),
         )
+
+
+def shared_blocks(batch: StepBatch) -> tuple[int, ...]:
+    """See `AttentionContext.shared_blocks`: prompts that begin alike, and continuations of one context, lie side by side."""
+    shared = np.zeros(len(batch.query_lens), dtype=np.int64)
+    tables_PM = batch.block_tables[batch.num_decode_rows :]
+    if len(tables_PM) > 1:
+        same_P = (tables_PM[1:] == tables_PM[:-1]).cumprod(axis=1).sum(axis=1)
+        shared[batch.num_decode_rows + 1 :] = same_P
+    return tuple(shared.tolist())
 
 
 class AttentionBackend(Protocol):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.attention import branches
 from stages.attention.base import AttentionContext, visible
 
 # Slices are `narrow`, `split` and `index_select` rather than brackets throughout: a build of torch without CUDA cannot
@@ -61,7 +62,7 @@ class DecodeGroup:
 
 
 class PortableAttention:
-    """Decode rows in few padded calls, prefill rows one by one."""
+    """Decode rows in few padded calls; prefill rows one by one, unless they continue one context (`branches`)."""
 
     name = "portable"
     tensors_only = False
@@ -71,9 +72,16 @@ class PortableAttention:
     ) -> Tensor:
         """See AttentionBackend."""
         decode = context.num_decode_rows
-        q_rows = q_TNH.split([decode, *context.query_lens[decode:]])
-        parts = [self._decode(q_rows[0], keys_BSKH, values_BSKH, context, window)] if decode else []
-        for row, q_QNH in enumerate(q_rows[1:], start=decode):
+        groups = self._prefill_groups(context, window, keys_BSKH.shape[1], q_TNH.shape[1])
+        sizes = [sum(context.query_lens[group.first : group.end]) for group in groups]
+        q_groups = q_TNH.split([decode, *sizes])
+        parts = [self._decode(q_groups[0], keys_BSKH, values_BSKH, context, window)] if decode else []
+        for group, q_QNH in zip(groups, q_groups[1:], strict=True):
+            row = group.first
+            if group.shared_blocks:
+                plan = self._plan(group, context, keys_BSKH.shape[1])
+                parts.append(branches.attend(q_QNH, keys_BSKH, values_BSKH, plan))
+                continue
             table_M = context.block_tables_RM.select(0, row)
             length = context.context_lens[row]
             k_LKH, v_LKH = gather(keys_BSKH, table_M, length), gather(values_BSKH, table_M, length)
@@ -142,6 +150,29 @@ class PortableAttention:
         table_X = block_tables_RM.select(0, row)
         table_X = table_X.narrow(0, first, min(wide, table_X.shape[0] - first))
         return F.pad(table_X, (0, wide - table_X.shape[0]))
+
+    def _prefill_groups(
+        self, context: AttentionContext, window: int | None, block_size_tokens: int, num_heads: int
+    ) -> list[branches.Group]:
+        key = (self.name, "groups", window)
+        if key not in context.per_step:
+            context.per_step[key] = branches.groups(
+                context.query_lens,
+                context.context_lens,
+                () if window is not None else context.shared_blocks,
+                first=context.num_decode_rows,
+                block_size_tokens=block_size_tokens,
+                num_heads=num_heads,
+            )
+        known: list[branches.Group] = context.per_step[key]
+        return known
+
+    def _plan(self, group: branches.Group, context: AttentionContext, block_size_tokens: int) -> branches.Plan:
+        key = (self.name, "branches", group)
+        if key not in context.per_step:
+            context.per_step[key] = branches.plan(group, context, block_size_tokens)
+        known: branches.Plan = context.per_step[key]
+        return known
 
     def _prefill_mask(
         self, context: AttentionContext, row: int, window: int | None, group: int, like: Tensor

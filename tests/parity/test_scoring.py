@@ -15,6 +15,7 @@ from gateway.engine import Engine, EngineSettings
 from gateway.pipelines.discovery import Registry, ReplicaRecord
 from gateway.tokenizer import load_tokenizer
 from gateway.types import GenerateRequest, ModelInfo, SamplingParams, ScoreRequest
+from stages.attention import branches
 from stages.checkpoint import open_checkpoint
 from stages.logits import Scorer
 from stages.replica import StageReplica, StageSpec
@@ -79,14 +80,18 @@ def check(entries, tokens, logprobs_SV) -> None:
         assert above < entry.rank <= int((logprobs_V > logprobs_V[target] - 1e-4).sum())
 
 
-@pytest.mark.parametrize(("cuts", "max_step_tokens"), [((0, 4), 512), ((0, 1, 3, 4), 33)])
-async def test_the_tiny_model(tmp_path, monkeypatch, cuts, max_step_tokens):
+@pytest.mark.parametrize(
+    ("cuts", "max_step_tokens", "num_context"), [((0, 4), 512, 45), ((0, 1, 3, 4), 33, 45), ((0, 2, 4), 512, 100)]
+)
+async def test_the_tiny_model(tmp_path, monkeypatch, cuts, max_step_tokens, num_context):
     model = tiny_model()
     heights, add = [], Scorer.add
+    together, attend = [], branches.attend
+    monkeypatch.setattr(branches, "attend", lambda *given: (together.append(1), attend(*given))[1])
     monkeypatch.setattr(Scorer, "add", lambda self, at, x_SV: (heights.append(len(x_SV)), add(self, at, x_SV))[1])
     rng = random.Random(0)
     prompts = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(length)) for length in (2, 31, 200)]
-    context = tuple(rng.randrange(VOCAB_SIZE) for _ in range(45))
+    context = tuple(rng.randrange(VOCAB_SIZE) for _ in range(num_context))
     continuations = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(1 + at % 6)) for at in range(24)]
     async with serving(save_tiny(tmp_path, model), cuts, max_step_tokens=max_step_tokens) as engine:
 
@@ -102,6 +107,8 @@ async def test_the_tiny_model(tmp_path, monkeypatch, cuts, max_step_tokens):
             return {one.index: one.logprobs async for one in engine.score(what)}
 
         scores, *answers = await asyncio.gather(score(), *map(generate, prompts))
+    # Continuations of a long context meet it together.
+    assert bool(together) == (num_context == 100)
     # However long the prompt, the logits of so many tokens are there together.
     assert max(heights) <= SCORED_AT_ONCE
     assert max_step_tokens < SCORED_AT_ONCE or SCORED_AT_ONCE in heights
