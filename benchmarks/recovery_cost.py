@@ -19,8 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import psutil
 
@@ -36,24 +35,33 @@ WARM = Shape(16, 8)
 TARGET = 0.03
 
 
-@contextmanager
-def part(*arguments: str) -> Iterator[tuple[str, psutil.Process]]:
-    """A process of recovery_parts; gives its address once it serves."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.recovery_parts", *arguments], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        words = process.stdout.readline().split()
-        if words[:1] != ["ready"]:
-            raise SystemExit(f"{' '.join(arguments)} did not come up")
-        yield words[1].removeprefix("grpc://"), psutil.Process(process.pid)
-    finally:
+class Part:
+    """A process of recovery_parts, while the block lasts."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._arguments = arguments
+
+    def __enter__(self) -> Part:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.recovery_parts", *self._arguments], stdout=subprocess.PIPE, text=True
+        )
+        self.process = psutil.Process(self._process.pid)
+        return self
+
+    def __exit__(self, *_: object) -> None:
         # The second SIGTERM ends a stage that still waits for its gateway to let go.
         for _ in range(2):
-            process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
-        process.wait(timeout=60)
+        self._process.wait(timeout=60)
+
+    def address(self) -> str:
+        """Where it listens, once it does."""
+        assert self._process.stdout is not None
+        words = self._process.stdout.readline().split()
+        if words[:1] != ["ready"]:
+            raise SystemExit(f"{' '.join(self._arguments)} did not come up")
+        return words[1].removeprefix("grpc://")
 
 
 async def rate(address: str, processes: list[psutil.Process], shape: Shape) -> tuple[float, float]:
@@ -79,15 +87,17 @@ def turn(args: argparse.Namespace, switch: str) -> tuple[float, float]:
     with ExitStack() as stack:
         stages = [
             stack.enter_context(
-                part(
+                Part(
                     "stage", switch, "--model", args.model, "--layers", str(layers), "--port", "0", "--dtype", args.dtype,
                     "--num-threads", str(threads), "--kv-memory-bytes", str(256 << 20),
                 )
             )
             for layers in ranges
         ]  # fmt: skip
-        address, gateway = stack.enter_context(part("gateway", switch, args.model, *(where for where, _ in stages)))
-        return asyncio.run(rate(address, [gateway, *(process for _, process in stages)], Shape(16, args.new_tokens)))
+        addresses = [stage.address() for stage in stages]
+        gateway = stack.enter_context(Part("gateway", switch, args.model, *addresses))
+        processes = [part.process for part in (gateway, *stages)]
+        return asyncio.run(rate(gateway.address(), processes, Shape(16, args.new_tokens)))
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings
 from gateway.engine.status import replica_status
 from gateway.engine.suspects import ASK_TIMEOUT_S, SUSPECT_S, Suspects
-from gateway.engine.takeover import TakeoverTimes, places
+from gateway.engine.takeover import WAIT_PERIOD_S, TakeoverTimes, places
 from gateway.engine.watch import StepFeed
 from gateway.metrics import Metrics
 from gateway.pipelines.binder import Binder
@@ -36,7 +36,6 @@ from stages.partition import LayerRange
 logger = logging.getLogger("stageline.gateway")
 
 DRAIN_PERIOD_S = 0.1  # how often a draining pipeline is looked at
-WAIT_PERIOD_S = 1.0  # the same of one whose replacement is waited for although another one stands
 
 
 MakeChoice = Callable[[GenerateRequest, int, Deltas], ChoiceState]

@@ -12,7 +12,7 @@ from gateway.engine.drain import Pace, Remainder
 from gateway.engine.invariants import LaneState
 from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
-from gateway.engine.takeover import Standing
+from gateway.engine.takeover import Standing, standing
 from gateway.engine.track import Track
 from gateway.engine.watch import StepFeed, describe_step
 from gateway.grammar import Outbox
@@ -196,11 +196,7 @@ class Lane:
 
     def standing(self) -> Standing:
         """What it has for sequences of other pipelines."""
-        scheduler = self.scheduler
-        free = 0 if scheduler is None else scheduler.num_free_blocks - scheduler.num_running  # each grows by one soon
-        size = 0 if scheduler is None else scheduler.block_size_tokens
-        pace = self.pace()
-        return Standing(pace=pace, num_sequences=self.load, room_tokens=free * size - pace.backlog_tokens)
+        return standing(self.scheduler, self.pace(), self.load)
 
     def remainders(self) -> list[tuple[ChoiceState | Track, Remainder]]:
         """The sequences of requests, and what each has before it."""

@@ -10,10 +10,12 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
 
 from gateway.engine.drain import DOUBT, Pace, Remainder
+from gateway.scheduler import Scheduler
 from gateway.scheduler.filling import DECODE_SLOWDOWN
 
 MIN_GAIN_S = 2.0  # so much sooner must the next token come elsewhere
 RECENT = 0.5  # weight of the newest of each kind: they are few, and machines change
+WAIT_PERIOD_S = 1.0  # how often that is asked again while sequences wait
 MOST_ATTEMPTS = 2
 """Replicas that could not be made a pipeline so many times in a row are no replacement to wait for."""
 PACED = DECODE_SLOWDOWN / (DECODE_SLOWDOWN - 1)
@@ -57,6 +59,13 @@ class Standing:
     pace: Pace
     num_sequences: int
     room_tokens: int
+
+
+def standing(scheduler: Scheduler | None, pace: Pace, num_sequences: int) -> Standing:
+    """What a pipeline with this scheduler has for sequences of another one."""
+    free = 0 if scheduler is None else scheduler.num_free_blocks - scheduler.num_running  # each grows by one soon
+    size = 0 if scheduler is None else scheduler.block_size_tokens
+    return Standing(pace=pace, num_sequences=num_sequences, room_tokens=free * size - pace.backlog_tokens)
 
 
 def places(
