@@ -45,10 +45,12 @@ async def test_a_stage_dies_and_a_replacement_comes(cluster, which):
     await cluster.kill(stages[which])
     await until(lambda: engine.pipelines()[0].state == "recovering")
     assert not engine.ready()
+    more_prompts, more_tasks = load(engine, count=3, seed=9)  # new work is taken meanwhile
     await asyncio.sleep(0.3)
-    assert not any(task.done() for task in tasks)
+    assert engine.pipelines()[0].num_waiting_sequences >= 3
+    assert not any(task.done() for task in [*tasks, *more_tasks])
     await replace(cluster, stages[which])
-    await check(prompts, tasks)
+    await check([*prompts, *more_prompts], [*tasks, *more_tasks])
     await until(lambda: all_free(engine))
     assert engine.pipelines()[0].epoch > 1
 
