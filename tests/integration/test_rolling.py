@@ -197,16 +197,16 @@ async def test_a_gateway_whose_model_was_replaced_sends_its_clients_on(children)
             for layers, port in zip(LAYERS, ports, strict=True)
         ]
         new = children.gateway(renewed, settings=settings, fingerprint="new")
-        async with AsyncClient([old["grpc"], new["grpc"]], backoff=QUICK) as both:
-            answer = await both.generate(generation, timeout_s=60)
-            assert len(answer.choices[0].token_ids) == 150
-            assert answer.start.model_fingerprint == "new"
         began_s = time.monotonic()
         async with AsyncClient(old["grpc"], backoff=NO_RETRY) as once:
             with pytest.raises(UnavailableError) as refused:
                 await once.generate(generation, timeout_s=60)
         assert time.monotonic() - began_s < 5
-        assert refused.value.reason == "MODEL_SUPERSEDED"
+        assert refused.value.reason == "MODEL_SUPERSEDED"  # so from now on nothing is begun here
+        async with AsyncClient([old["grpc"], new["grpc"]], backoff=QUICK) as both:
+            answer = await both.generate(generation, timeout_s=60)
+            assert len(answer.choices[0].token_ids) == 150
+            assert answer.start.model_fingerprint == "new"
         await stream.aclose()
     async with AsyncClient([old["grpc"], new["grpc"]], backoff=QUICK) as both:
         resumed = gen.Generation()
