@@ -214,6 +214,7 @@ class Gateway:
             stage_access=StageAccess(**security.stage_files()),
             canary_interval_s=parsed.pipelines.canary_interval_s,
             unready_after_s=parsed.pipelines.unready_after_s,
+            superseded_after_s=parsed.pipelines.superseded_after_s,
             max_unread_tokens=parsed.server.max_unread_tokens,
             max_unread_tokens_total=parsed.server.max_unread_tokens_total,
         )

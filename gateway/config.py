@@ -144,6 +144,10 @@ class PipelinesSection(_Section):
         10.0, gt=0, description="seconds without a returned step after which a pipeline counts as not ready"
     )
 
+    superseded_after_s: float = Field(
+        30.0, gt=0, description="seconds in which all stages are of another model before requests end with UNAVAILABLE"
+    )
+
     @model_validator(mode="after")
     def _in_order(self) -> PipelinesSection:
         if self.max is not None and self.min > self.max:

@@ -63,11 +63,13 @@ class Pace:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remainder:
     """What a sequence has before it: `left_tokens` to generate at most, None where nobody knows, and `num_tokens` to be
-    computed again elsewhere. `begun`: anything of it was computed here."""
+    computed again elsewhere. `begun`: anything of it was computed here. `suspected`: stages died of steps it was part
+    of, more than once."""
 
     left_tokens: int | None
     num_tokens: int
     begun: bool
+    suspected: bool = False
 
 
 def stays(sequence: Remainder, *, remaining_s: float, here: Pace, there: Pace) -> bool:

@@ -18,6 +18,7 @@ from gateway.engine.keeper import Keeper
 from gateway.engine.lane import Lane, deadline_exceeded
 from gateway.engine.settings import EngineSettings
 from gateway.engine.status import pipeline_status
+from gateway.engine.superseded import ModelWatch
 from gateway.engine.track import Scores, Track, num_tracks
 from gateway.metrics import Metrics
 from gateway.pipelines.discovery import Registry
@@ -66,8 +67,14 @@ class Engine:
         self.metrics.gauge("num_open_requests", "Requests in the engine.", lambda: self._num_open)
         self.metrics.gauge("num_unplaced_requests", "Of those, no pipeline has them.", lambda: self._num_unplaced)
         self.metrics.gauge("unread_tokens", "What clients have not read.", lambda: self._unread.total)
+        self._model_watch = ModelWatch(
+            registry,
+            fingerprint=fingerprint,
+            after_s=settings.superseded_after_s,
+            in_use=lambda: any(lane.stages for lane in self._keeper.lanes),
+        )
         self._unchecked = False  # requests came since the engine was last checked
-        self._idle_checks: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._leaks_seen: set[str] = set()
         self.batch_backlog_tokens: Callable[[], int] = lambda: 0
         """Tokens of batch work that was not handed to `generate` yet. Whoever keeps batches replaces it."""
@@ -75,7 +82,7 @@ class Engine:
     async def start(self) -> None:
         """Begin to form pipelines as replicas appear."""
         self._keeper.start()
-        self._idle_checks = asyncio.create_task(self._check_when_idle())
+        self._tasks = [asyncio.create_task(one) for one in (self._check_when_idle(), self._watch_model())]
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `drain_s` seconds, then end them with UNAVAILABLE."""
@@ -86,9 +93,9 @@ class Engine:
             await asyncio.sleep(DRAIN_POLL_S)
         for lane in self._keeper.lanes:
             lane.fail_all(_stopping())
-        if self._idle_checks is not None:
-            self._idle_checks.cancel()
-            await asyncio.gather(self._idle_checks, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._keeper.stop()
 
     def ready(self) -> bool:
@@ -215,6 +222,21 @@ class Engine:
                     self._leaks_seen.add(leak)
                     logger.critical("INVARIANT VIOLATED, please report: nothing runs, but there is left: %s", leak)
 
+    async def _watch_model(self) -> None:
+        """End all requests once the model is superseded; `_place` and `check_room` refuse those that come then."""
+        while True:
+            changed = asyncio.create_task(self._keeper.changed.wait())
+            if self._model_watch.look():
+                if self._model_watch.superseded:
+                    logger.error("%s", self._model_watch.error().message)
+                    for lane in self._keeper.lanes:
+                        lane.fail_all(self._model_watch.error())
+                else:
+                    logger.info("stages of this gateway's model are there again")
+                self._keeper.notify()
+            await asyncio.wait({changed}, timeout=self._model_watch.look_again_s)
+            changed.cancel()
+
     async def score(self, request: ScoreRequest) -> AsyncGenerator[ContinuationScore, None]:
         """Scores of all continuations, as each is done. Closing the iterator cancels the request.
 
@@ -260,8 +282,7 @@ class Engine:
     def check_room(self) -> None:
         """Raises ResourceExhaustedError or UnavailableError where even a request of one token would not be queued now."""
         try:
-            if self._stopping:
-                raise _stopping()
+            self._check_served()
             usable = self._usable()
             if not usable:
                 self._check_unplaced(1)
@@ -270,6 +291,13 @@ class Engine:
         except StagelineError as error:
             self.metrics.rejected(error.reason)
             raise
+
+    def _check_served(self) -> None:
+        """Raises UnavailableError where no pipeline of this gateway takes requests any more."""
+        if self._stopping:
+            raise _stopping()
+        if self._model_watch.superseded:
+            raise self._model_watch.error()
 
     def _usable(self) -> list[Lane]:
         return [lane for lane in self._keeper.lanes if lane.state in ("ready", "recovering")]
@@ -295,8 +323,7 @@ class Engine:
         self._unplaced_tokens += num_tokens
         try:
             while True:
-                if self._stopping:
-                    raise _stopping()
+                self._check_served()
                 if deadline_s is not None and deadline_s <= time.monotonic():
                     raise deadline_exceeded()
                 if usable := self._usable():

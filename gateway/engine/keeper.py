@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import random
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from gateway.engine.canary import keep_proving, prove
 from gateway.engine.choice import ChoiceState
@@ -20,33 +19,23 @@ from gateway.engine.lane import Lane
 from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings
 from gateway.engine.status import replica_status
+from gateway.engine.suspects import ASK_TIMEOUT_S, SUSPECT_S, Suspects
+from gateway.engine.takeover import WAIT_PERIOD_S, TakeoverTimes, places
 from gateway.engine.watch import StepFeed
 from gateway.metrics import Metrics
 from gateway.pipelines.binder import Binder
 from gateway.pipelines.binding import choose_bindings
-from gateway.pipelines.discovery import Registry, ReplicaRecord, describe, new_owner_id
+from gateway.pipelines.discovery import Registry, ReplicaRecord, new_owner_id
 from gateway.pipelines.form import Chain, chain
 from gateway.pipelines.pipeline import Pipeline
 from gateway.scheduler import Scheduler
 from gateway.types import GenerateRequest, ReplicaStatus
 from stageline.errors import StagelineError, UnavailableError
-from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.partition import LayerRange
 
 logger = logging.getLogger("stageline.gateway")
 
-SUSPECT_S = 5.0  # how long a replica that cannot be claimed is passed over while others can take its place
-ASK_TIMEOUT_S = 1.0
 DRAIN_PERIOD_S = 0.1  # how often a draining pipeline is looked at
-
-
-@dataclass(frozen=True, slots=True)
-class _Suspect:
-    """A replica that is passed over until then, on the monotonic clock. `lost`: it is dead, hangs or drains; others are owned by
-    another gateway."""
-
-    until_s: float
-    lost: bool
 
 
 MakeChoice = Callable[[GenerateRequest, int, Deltas], ChoiceState]
@@ -72,11 +61,14 @@ class Keeper:
         self.open_pipelines: set[Pipeline] = set()  # those that may hold leases, streams and tasks
         self._owner_id = new_owner_id()
         self._lane_numbers = itertools.count()
-        self._suspects: dict[str, _Suspect] = {}  # by incarnation
-        self._drain_ends: dict[str, float] = {}  # incarnation → when it stops, on the monotonic clock
+        self._times = TakeoverTimes()
+        self._given_up_s: deque[float] = deque()  # when lanes lost the replicas that they did not wait for
         self._patient_until_s = 0.0
         self._stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._suspects = Suspects(
+            owner_id=self._owner_id, busy_s=settings.stall_timeout_s, access=settings.stage_access
+        )
         self._binder = Binder(
             registry, owner_id=self._owner_id, lease_s=settings.lease_s, access=settings.stage_access,
             on_change=self._on_membership,
@@ -119,8 +111,7 @@ class Keeper:
         self.notify()
         known = {record.incarnation for record in self._registry.replicas()}
         known |= {stage.incarnation for lane in self.lanes for stage in lane.stages}  # Serve lists none that drains
-        self._suspects = {name: suspect for name, suspect in self._suspects.items() if name in known}
-        self._drain_ends = {name: end for name, end in self._drain_ends.items() if name in known}
+        self._suspects.forget_all_but(known)
         waiting = sum(not lane.stages for lane in self.lanes)
         chains, _ = chain(self._free(None), self._fingerprint)
         for _ in range(min(len(chains) - waiting, self._num_allowed() - len(self.lanes))):
@@ -133,6 +124,8 @@ class Keeper:
                 check_integrity=self._settings.check_integrity,
             )
             self.lanes.append(lane)
+            if self._given_up_s:
+                self._times = self._times.after(replacing_s=time.monotonic() - self._given_up_s.popleft())
             task = asyncio.create_task(self._keep(lane))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -154,26 +147,46 @@ class Keeper:
     async def _keep(self, lane: Lane) -> None:
         """Keep a lane on a pipeline: open one, prove it with a canary, wait until it breaks, begin again.
 
-        A lane without a chain hands its sequences to one that is ready and ends.
+        Sequences of a lost pipeline move where another one brings their next token sooner. A lane without a chain and
+        without sequences ends while another one stands.
         """
         restarts, proven = Restarts(), False
         cut: tuple[LayerRange, ...] = ()
+        lost_s = time.monotonic()
+        # Since then: something was missing; a spare loaded it; what was lost had said that it would stop.
+        missed = bound = drained = False
         while True:
-            stages = self._pick(self._trusted(lane))
+            stages = self._pick(self._suspects.trusted(self._free(lane)))
             if stages is None:
+                missed = True
                 self._bind_spares(lane, cut)
-                if self._hand_over(lane):
+            loading = bool(self._binder.loading(lane.name))
+            bound |= loading
+            others = self._standing_beside(lane)
+            if others:
+                ready_in_s = self._times.ready_in_s(
+                    replaced=stages is not None,
+                    loading=loading,
+                    lost_for_s=time.monotonic() - lost_s,
+                    num_failed_attempts=restarts.num_failed_attempts,
+                )
+                self._move(lane, others, ready_in_s)
+            if stages is None and (others or loading):  # better than to try again what was lost
+                if others and not lane.remainders():
+                    self._end(lane)
+                    if proven and not drained:
+                        self._given_up_s.append(lost_s)
                     return
-                if self._binder.loading(lane.name):  # better than to try again what was lost
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(self.changed.wait(), SUSPECT_S)
-                    continue
-            stages = stages or self._pick([one for one in self._free(lane) if one.incarnation not in self._drain_ends])
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.changed.wait(), WAIT_PERIOD_S if others else SUSPECT_S)
+                continue
+            stages = stages or self._pick(self._suspects.not_draining(self._free(lane)))
             if stages is None:
                 await self.changed.wait()
                 continue
             lane.stages = stages
             opened = False
+            began_s = time.monotonic()
             pipeline = Pipeline(
                 stages, owner_id=self._owner_id, lease_s=self._settings.lease_s,
                 stall_timeout_s=self._settings.stall_timeout_s, access=self._settings.stage_access,
@@ -183,6 +196,9 @@ class Keeper:
                 await lane.open(pipeline, self._on_draining)
                 opened = True
                 await prove(lane, pipeline, self._make_choice, timeout_s=self._settings.canary_timeout_s)
+                self._times = self._times.after(opening_s=time.monotonic() - began_s)
+                if proven and missed and not drained:
+                    self._times = self._times.after(**{"binding_s" if bound else "replacing_s": began_s - lost_s})
                 lane.num_recoveries += proven
                 lane.state, proven = "ready", True
                 cut = tuple(stage.layers for stage in stages)
@@ -210,7 +226,10 @@ class Keeper:
                         restarts=restarts.num_fruitless,
                     )
                 )
-            await self._note_suspects(stages)
+            if opened:
+                lost_s, missed, bound = time.monotonic(), False, False
+                drained = any(self._suspects.stops_at_s(stage.incarnation) is not None for stage in stages)
+            await self._suspects.note(stages)
             lane.stages = ()
             self.notify()
             # A change of membership ends the wait, unless pipelines that were opened broke at once.
@@ -254,7 +273,9 @@ class Keeper:
             waited_until_s: float | None = None
             while pipeline.cause is None:
                 ends = [
-                    end for stage in pipeline.stages if (end := self._drain_ends.get(stage.incarnation)) is not None
+                    end
+                    for stage in pipeline.stages
+                    if (end := self._suspects.stops_at_s(stage.incarnation)) is not None
                 ]
                 if ends:
                     waited_until_s = self._drain(lane, min(ends), waited_until_s)
@@ -282,7 +303,7 @@ class Keeper:
         lane.draining = True
         sequences, here = lane.remainders(), lane.pace()
         standing = [other for other in self.lanes if other is not lane and other.moving and not other.draining]
-        replaced = self._pick(self._trusted(lane)) is not None
+        replaced = self._pick(self._suspects.trusted(self._free(lane))) is not None
         if replaced and waited_until_s is None:
             wait_s = reopen_wait_s((one for _, one in sequences), remaining_s=end_s - now_s, here=here)
             waited_until_s = now_s + wait_s
@@ -320,30 +341,43 @@ class Keeper:
             if other is lane:
                 return None
             if other.moving and other.draining:
-                ours = [stage for stage in lane.stages if stage.incarnation not in self._drain_ends]
-                if self._pick([*self._trusted(other), *ours]) is not None:
+                ours = self._suspects.not_draining(lane.stages)
+                if self._pick([*self._suspects.trusted(self._free(other)), *ours]) is not None:
                     return other
         return None
 
-    def _hand_over(self, lane: Lane) -> bool:
-        """Give up a lane that has no replicas while another one is ready: its sequences are computed again there."""
-        ready = [other for other in self.lanes if other is not lane and other.state == "ready"]
-        if not ready:
-            return False
+    def _standing_beside(self, lane: Lane) -> list[Lane]:
+        """Other pipelines that serve; those that drain only where there is no other."""
+        moving = [other for other in self.lanes if other is not lane and other.moving]
+        return [other for other in moving if not other.draining] or moving
+
+    def _move(self, lane: Lane, others: list[Lane], ready_in_s: float | None) -> None:
+        """Give the sequences of a lost pipeline away that go on sooner elsewhere."""
+        sequences = lane.remainders()
+        found = places(
+            [one for _, one in sequences],
+            ready_in_s=ready_in_s,
+            here=lane.pace(),
+            others=[other.standing() for other in others],
+        )
+        for (choice, _), place in zip(sequences, found, strict=True):
+            if place is not None:
+                lane.take(choice)
+                others[place].adopt(choice)
+        if num_moved := len(found) - found.count(None):
+            logger.info("pipeline %s: %d of %d sequences go on elsewhere", lane.name, num_moved, len(found))
+
+    def _end(self, lane: Lane) -> None:
+        """Give up a lane that has no replicas and nothing to do."""
         self.lanes.remove(lane)
-        for choice in lane.take_all():
-            min(ready, key=lambda other: other.load).adopt(choice)
         # A suspect that recovers changes no membership, so look again when suspicion has passed.
         asyncio.get_running_loop().call_later(SUSPECT_S * random.uniform(0.8, 1.2), self._on_membership)
-        return True
 
     def _bind_spares(self, lane: Lane, cut: tuple[LayerRange, ...]) -> None:
         """Have spares load what a lane lost that had a pipeline of `cut`. What other gateways have is not lost."""
-        lost = {name for name, suspect in self._suspects.items() if suspect.lost}
-        there = [record for record in self._free(lane) if record.incarnation not in lost]
         for binding in choose_bindings(
             cut,
-            there,
+            self._suspects.not_lost(self._free(lane)),
             fingerprint=self._fingerprint,
             owner_id=self._owner_id,
             loading=self._binder.loading(lane.name),
@@ -352,15 +386,9 @@ class Keeper:
             self._binder.bind(binding, lane.name)
 
     def _on_draining(self, incarnation: str, remaining_s: float) -> None:
-        self._suspects[incarnation] = _Suspect(until_s=math.inf, lost=True)
-        self._drain_ends.setdefault(incarnation, time.monotonic() + remaining_s)
+        self._suspects.drains(incarnation, remaining_s)
         logger.info("a stage drains, %.0f s are left", remaining_s)
         self.notify()
-
-    def _trusted(self, lane: Lane) -> list[ReplicaRecord]:
-        now_s = time.monotonic()
-        self._suspects = {name: suspect for name, suspect in self._suspects.items() if suspect.until_s > now_s}
-        return [record for record in self._free(lane) if record.incarnation not in self._suspects]
 
     def _pick(self, candidates: list[ReplicaRecord]) -> Chain | None:
         chains, _ = chain(candidates, self._fingerprint)
@@ -370,21 +398,3 @@ class Keeper:
         """Replicas that no lane uses, or only this one."""
         used = {stage.incarnation for other in self.lanes if other is not lane for stage in other.stages}
         return [record for record in self._registry.replicas() if record.incarnation not in used]
-
-    async def _note_suspects(self, stages: Chain) -> None:
-        """Ask each stage of a broken pipeline whether it could be claimed again."""
-        answers = await asyncio.gather(
-            *(describe(s.address, ASK_TIMEOUT_S, self._settings.stage_access) for s in stages), return_exceptions=True
-        )
-        for stage, answer in zip(stages, answers, strict=True):
-            lost = (
-                isinstance(answer, BaseException)
-                or answer.incarnation != stage.incarnation
-                or answer.state == pb.STAGE_STATE_DRAINING
-                or answer.busy_s > min(SUSPECT_S, self._settings.stall_timeout_s)
-            )
-            taken = not isinstance(answer, BaseException) and answer.owner_id not in ("", self._owner_id)
-            if lost or taken:
-                before = self._suspects.get(stage.incarnation, _Suspect(until_s=0.0, lost=False))
-                until_s = max(time.monotonic() + SUSPECT_S, before.until_s)
-                self._suspects[stage.incarnation] = _Suspect(until_s=until_s, lost=lost or before.lost)

@@ -12,6 +12,7 @@ from gateway.engine.drain import Pace, Remainder
 from gateway.engine.invariants import LaneState
 from gateway.engine.poison import StageProgress, judge, steps_in_doubt
 from gateway.engine.step import build_step
+from gateway.engine.takeover import Standing, standing
 from gateway.engine.track import Track
 from gateway.engine.watch import StepFeed, describe_step
 from gateway.grammar import Outbox
@@ -179,14 +180,6 @@ class Lane:
             choice.fail(error)
         self.pump()
 
-    def take_all(self) -> list[ChoiceState | Track]:
-        """Give every sequence away, in the order they came."""
-        choices = list(self._choices.values())
-        self._choices.clear()
-        for choice in choices:
-            choice.move()
-        return choices
-
     def take(self, choice: ChoiceState | Track) -> None:
         """Give one sequence away, steps of it in flight or not: what they bring is ignored, and computed again elsewhere."""
         if self._drop(choice):
@@ -200,6 +193,10 @@ class Lane:
             prefill_token_s=None if scheduler is None else scheduler.costs.prefill_token_s(0),
             backlog_tokens=0 if scheduler is None else scheduler.backlog_tokens,
         )
+
+    def standing(self) -> Standing:
+        """What it has for sequences of other pipelines."""
+        return standing(self.scheduler, self.pace(), self.load)
 
     def remainders(self) -> list[tuple[ChoiceState | Track, Remainder]]:
         """The sequences of requests, and what each has before it."""
@@ -371,6 +368,7 @@ def _remainder(choice: ChoiceState | Track) -> Remainder:
         left_tokens=None if isinstance(choice, Track) else most,
         num_tokens=sequence.num_tokens,
         begun=sequence.num_computed_tokens > 0,
+        suspected=sequence.run_alone,
     )
 
 

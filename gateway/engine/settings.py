@@ -14,8 +14,8 @@ class EngineSettings:
     micro-batches and the cache is in SchedulerLimits. Beyond `eager_pipelines` a gateway takes pipelines only once it has run for
     `patience_s`, so that others get theirs first; None: all at once. `check_integrity` lets every idle scheduler verify its invariants
     (tests, debugging). `stage_access`: how stages know us, and we them. After `canary_interval_s` without a step a canary
-    proves a pipeline; one whose steps do not come back for `unready_after_s` is not ready. `max_unread_*` bound what
-    clients leave unread, of one request and of all; see deltas.py.
+    proves a pipeline; one whose steps do not come back for `unready_after_s` is not ready. Where only replicas of another model are there for
+    `superseded_after_s`, requests end. `max_unread_*` bound what clients leave unread, of one request and of all; see deltas.py.
     """
 
     max_step_tokens: int = 2048
@@ -32,6 +32,7 @@ class EngineSettings:
     canary_timeout_s: float = 120.0
     canary_interval_s: float = 5.0
     unready_after_s: float = 10.0
+    superseded_after_s: float = 30.0
     max_unread_tokens: int = 1 << 16
     max_unread_tokens_total: int = 1 << 21
     check_integrity: bool = False

@@ -6,7 +6,9 @@ import random
 from array import array
 from dataclasses import dataclass, field
 
+from gateway.engine.drain import Pace, Remainder
 from gateway.engine.lane import SEQUENCE_COST_TOKENS
+from gateway.engine.takeover import WAIT_PERIOD_S, places, standing
 from gateway.scheduler import Sequence
 from gateway.simulator.clock import Clock, Worker
 from gateway.simulator.lane import SimulatedLane, cores_of
@@ -214,13 +216,12 @@ class _Cluster:
             request = self._requests[sequence.sequence_id]
             if request.last_s is not None and request.interrupted_s is None:
                 request.interrupted_s = now_s
-        others = any(other.state == "ready" for other in gateway.lanes if other is not lane)
         has_spare = gateway.spares > 0
         if has_spare:
             gateway.spares -= 1
             self._clock.after(failures.restart_s, lambda: self._add_spare(gateway))
-        elif others:  # as the keeper does: a lane without a chain gives its sequences to one that is ready
-            self._clock.after(failures.detection_s, lambda: self._hand_over(gateway, lane))
+        ready_s = now_s + failures.detection_s + (0 if has_spare else failures.restart_s) + failures.takeover_s
+        self._clock.after(failures.detection_s, lambda: self._move(gateway, lane, lane.epoch, ready_s))
         back_s = failures.detection_s + (0 if has_spare else failures.restart_s) + failures.takeover_s
 
         def back() -> None:
@@ -232,19 +233,39 @@ class _Cluster:
     def _add_spare(self, gateway: _Gateway) -> None:
         gateway.spares += 1
 
-    def _hand_over(self, gateway: _Gateway, lane: SimulatedLane) -> None:
-        ready = [other for other in gateway.lanes if other.state == "ready"]
-        if not ready:
-            return  # it died in between; they wait for their own pipeline
-        for sequence in lane.scheduler.live_sequences:
+    def _move(self, gateway: _Gateway, lane: SimulatedLane, epoch: int, ready_s: float) -> None:
+        """As the keeper does, again and again: sequences of a lost pipeline go where their next token comes sooner."""
+        if lane.state == "ready" or lane.epoch != epoch:
+            return
+        others = [other for other in gateway.lanes if other.state == "ready"]
+        sequences = [one for one in lane.scheduler.live_sequences if self._requests.get(one.sequence_id) is not None]
+        found = places(
+            [
+                Remainder(left_tokens=None, num_tokens=one.num_tokens, begun=one.num_computed_tokens > 0)
+                for one in sequences
+            ],
+            ready_in_s=ready_s - self._clock.now_s,
+            here=_pace(lane),
+            others=[standing(other.scheduler, _pace(other), _load(other)) for other in others],
+        )
+        for sequence, place in zip(sequences, found, strict=True):
+            if place is None:
+                continue
             lane.scheduler.cancel(sequence.sequence_id)
             successor = sequence.successor()
             successor.resumed = bool(successor.output_token_ids)
-            target = min(ready, key=_load)
-            target.scheduler.add(successor, bounded=False)
+            others[place].scheduler.add(successor, bounded=False)
             self._num["moved"] += 1
-        for target in ready:
-            target.pump()
+        for other in others:
+            other.pump()
+        self._clock.after(WAIT_PERIOD_S, lambda: self._move(gateway, lane, epoch, ready_s))
+
+
+def _pace(lane: SimulatedLane) -> Pace:
+    scheduler = lane.scheduler
+    return Pace(
+        token_s=None, prefill_token_s=scheduler.costs.prefill_token_s(0), backlog_tokens=scheduler.backlog_tokens
+    )
 
 
 def _load(lane: SimulatedLane) -> int:

@@ -11,7 +11,7 @@ from engine_helpers import NUM_LAYERS, Cluster, ToyStage, all_free, collect, exp
 from gateway.pipelines.discovery import Registry, StaticDiscovery
 from gateway.pipelines.form import chain
 from gateway.pipelines.pipeline import Pipeline
-from stageline.errors import FailedPreconditionError
+from stageline.errors import FailedPreconditionError, UnavailableError
 
 
 async def start(cluster: Cluster, *, delay_s: float = 0.004, **settings):
@@ -45,10 +45,12 @@ async def test_a_stage_dies_and_a_replacement_comes(cluster, which):
     await cluster.kill(stages[which])
     await until(lambda: engine.pipelines()[0].state == "recovering")
     assert not engine.ready()
+    more_prompts, more_tasks = load(engine, count=3, seed=9)  # new work is taken meanwhile
     await asyncio.sleep(0.3)
-    assert not any(task.done() for task in tasks)
+    assert engine.pipelines()[0].num_waiting_sequences >= 3
+    assert not any(task.done() for task in [*tasks, *more_tasks])
     await replace(cluster, stages[which])
-    await check(prompts, tasks)
+    await check([*prompts, *more_prompts], [*tasks, *more_tasks])
     await until(lambda: all_free(engine))
     assert engine.pipelines()[0].epoch > 1
 
@@ -221,3 +223,35 @@ async def test_no_sequence_moves_to_other_weights(cluster, monkeypatch):
     in_use = {replica.address for one in engine.pipelines() for replica in one.stages}
     assert not in_use & {stage.record.address for stage in new}
     assert all(stage.server._claims.epoch == 0 for stage in new)
+
+
+async def test_a_model_that_is_gone_is_said_to_be_and_may_come_back(cluster, monkeypatch):
+    """Waiting, queued and new requests hear of it, each with when to try again, and not before the time is up."""
+    old = [await cluster.add_stage(*layers, delay_s=0.004) for layers in [(0, 2), (2, NUM_LAYERS)]]
+    engine = await cluster.start(superseded_after_s=1.0)
+    await until(engine.ready)
+    prompts, tasks = load(engine)
+    await asyncio.sleep(0.1)
+    monkeypatch.setattr("engine_helpers.FINGERPRINT", "new")
+    new = [await cluster.add_stage(*layers) for layers in [(0, 2), (2, NUM_LAYERS)]]
+    for stage in old:
+        await cluster.kill(stage)
+    began_s = asyncio.get_running_loop().time()
+    cluster.announce()
+    for answer in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(answer, UnavailableError)
+        assert answer.reason == "MODEL_SUPERSEDED"
+        assert float(answer.metadata["retry_after_s"]) > 0
+    assert asyncio.get_running_loop().time() - began_s > 0.9
+    with pytest.raises(UnavailableError, match="fingerprint toy"):
+        engine.check_room()
+    with pytest.raises(UnavailableError, match="fingerprint toy"):
+        await collect(engine, request((1,)))
+    assert not engine.ready()
+    assert all(stage.server._claims.epoch == 0 for stage in new)
+    monkeypatch.setattr("engine_helpers.FINGERPRINT", "toy")  # rolled back
+    for layers in [(0, 2), (2, NUM_LAYERS)]:
+        await cluster.add_stage(*layers)
+    await until(engine.ready)
+    answer = await collect(engine, request(prompts[0]))
+    assert answer[0].token_ids == expected_tokens(prompts[0], 16, num_stages=2)

@@ -13,7 +13,7 @@ import pytest
 from engine_helpers import NUM_LAYERS, expected_tokens
 
 from stageline.client import AsyncClient, Backoff
-from stageline.errors import StagelineError
+from stageline.errors import FailedPreconditionError, StagelineError, UnavailableError
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from tests.ports import free_ports
@@ -176,3 +176,42 @@ async def test_of_two_gateways_one_is_killed_and_one_is_rolled(children) -> None
             await rolled.finish()
     assert rolled.faults == []
     assert streams.faults == []
+
+
+async def test_a_gateway_whose_model_was_replaced_sends_its_clients_on(children) -> None:
+    """The same addresses, other weights: new requests go on at the new gateway, a stream that had begun cannot."""
+    ports = free_ports(len(LAYERS))
+    stages = [children.stage(*layers, port=port, **STAGE) for layers, port in zip(LAYERS, ports, strict=True)]
+    settings = {**SETTINGS, "superseded_after_s": 1.0}
+    old = children.gateway(stages, settings=settings)
+    generation = gen.Generation(
+        token_ids=gen.TokenIds(ids=[5]), sampling=gen.SamplingParams(temperature=0), stop=gen.StopConditions(max_tokens=150)
+    )  # fmt: skip
+    async with AsyncClient(old["grpc"], backoff=QUICK) as alone:
+        stream = alone.stream_generate(generation, timeout_s=60)
+        await anext(stream)
+        for stage in stages:
+            children.kill(stage)
+        renewed = [
+            children.stage(*layers, port=port, fingerprint="new", **STAGE)
+            for layers, port in zip(LAYERS, ports, strict=True)
+        ]
+        new = children.gateway(renewed, settings=settings, fingerprint="new")
+        began_s = time.monotonic()
+        async with AsyncClient(old["grpc"], backoff=NO_RETRY) as once:
+            with pytest.raises(UnavailableError) as refused:
+                await once.generate(generation, timeout_s=60)
+        assert time.monotonic() - began_s < 5
+        assert refused.value.reason == "MODEL_SUPERSEDED"  # so from now on nothing is begun here
+        async with AsyncClient([old["grpc"], new["grpc"]], backoff=QUICK) as both:
+            answer = await both.generate(generation, timeout_s=60)
+            assert len(answer.choices[0].token_ids) == 150
+            assert answer.start.model_fingerprint == "new"
+        await stream.aclose()
+    async with AsyncClient([old["grpc"], new["grpc"]], backoff=QUICK) as both:
+        resumed = gen.Generation()
+        resumed.CopyFrom(generation)
+        resumed.resume.CopyFrom(gen.Resume(token_ids=[1, 2], model_fingerprint="toy", seed=0))
+        with pytest.raises(FailedPreconditionError) as begin_again:
+            await both.generate(resumed, timeout_s=60)
+    assert begin_again.value.reason == "MODEL_FINGERPRINT_MISMATCH"
