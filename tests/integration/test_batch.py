@@ -16,9 +16,9 @@ from gateway.cli import main
 
 
 @pytest.fixture
-def server(children, tmp_path) -> Iterator[ToyGateway]:
+def server(children, state_url) -> Iterator[ToyGateway]:
     """With batches, whose state outlives it."""
-    with children.toy_gateway(state_url=f"sqlite:///{tmp_path / 'state.db'}") as server:
+    with children.toy_gateway(state_url=state_url) as server:
         yield server
 
 
