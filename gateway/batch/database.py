@@ -41,8 +41,8 @@ class Database:
     async def write(self, job: Callable[[Connection], T]) -> T:
         """Run `job` in a transaction and return once it is durable.
 
-        Where the connection is lost the job runs again, maybe on top of what it did the first time. Raises what `job` raises
-        (nothing of it is kept then), ResourceExhaustedError for a full disk, StateUnreachable (whether it was kept is unknown),
+        The job may run again: where another one of the transaction failed, and where the connection was lost, then maybe on top
+        of what it did the first time. Raises what `job` raises (nothing of it is kept then), ResourceExhaustedError for a full disk, StateUnreachable (whether it was kept is unknown),
         StateFenced, InternalError for what else the database meets.
         """
         future: Future[T] = Future()
@@ -117,25 +117,33 @@ class Database:
     def _write_some(self, jobs: Sequence[_Job]) -> None:
         # Only those wait who were there when the connection was lost: what became of them would be unknown.
         end_s = time.monotonic() + (PATIENCE_S if self._writer is not None else 0.0)
+        apart = False
         while True:
             try:
-                return self._attempt(jobs)
+                return self._attempt(jobs, apart)
             except StateUnreachable as error:
                 if time.monotonic() >= end_s:
                     return _fail(jobs, error)
                 time.sleep(RECONNECT_S)
             except Exception as error:
-                return _fail(jobs, error)
+                if apart or len(jobs) < 2:
+                    return _fail(jobs, error)
+                apart = True  # one of them failed; that rarely happens, and savepoints are two more trips for each job
 
-    def _attempt(self, jobs: Sequence[_Job]) -> None:
-        """One transaction. Raises StateUnreachable where it was lost, and what else all jobs fail with."""
+    def _attempt(self, jobs: Sequence[_Job], apart: bool) -> None:
+        """One transaction; `apart`: a job that fails fails alone. Raises StateUnreachable where it was lost, and what else all
+        jobs fail with."""
         connection = self._connected()
         done: list[tuple[Future[Any], Any]] = []
         try:
             connection.execute(self._state.begin_write)
             for job, future in jobs:
-                if not future.done():  # failed in a transaction that was lost
-                    self._run(connection, job, future, done)
+                if future.done():  # it failed in a transaction that was lost
+                    continue
+                if not apart:
+                    done.append((future, job(connection)))
+                elif result := self._run_apart(connection, job, future):
+                    done.append((future, *result))
             connection.execute("COMMIT")
         except Exception as error:
             typed = self._state.typed(error)
@@ -144,20 +152,15 @@ class Database:
                 self._writer = None
                 logger.warning("batch state: %s", typed)
             raise typed from error
-        for future, result in done:
-            future.set_result(result)
+        for future, value in done:
+            future.set_result(value)
 
-    def _run(
-        self,
-        connection: Connection,
-        job: Callable[[Connection], Any],
-        future: Future[Any],
-        done: list[tuple[Future[Any], Any]],
-    ) -> None:
+    def _run_apart(self, connection: Connection, job: Callable[[Connection], T], future: Future[T]) -> tuple[T] | None:
         connection.execute("SAVEPOINT job")
         try:
-            result = job(connection)
+            value = job(connection)
             connection.execute("RELEASE job")
+            return (value,)
         except Exception as error:
             typed = self._state.typed(error)
             # SQLite gives up the whole transaction where the disk is full.
@@ -166,8 +169,7 @@ class Database:
             connection.execute("ROLLBACK TO job")
             connection.execute("RELEASE job")
             future.set_exception(typed)
-        else:
-            done.append((future, result))
+            return None
 
     def _connected(self) -> Connection:
         if self._fenced is not None:

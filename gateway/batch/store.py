@@ -90,18 +90,19 @@ def add_result(connection: Connection, batch_id: str, line: int, record: bytes, 
 
     False where the line has a record already or the batch has ended: nothing changes then.
     """
-    row = connection.execute("SELECT status FROM batches WHERE id = ?", (batch_id,)).fetchone()
-    if row is None or row["status"] in FINAL:
-        return False
+    # Two statements, not more: where the database is another host each is a trip, and the writer makes them for every line.
     added = connection.execute(
-        "INSERT INTO results VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", (batch_id, line, int(ok), record)
+        "INSERT INTO results SELECT id, ?, ?, ? FROM batches WHERE id = ? AND status IN ('in_progress', 'cancelling')"
+        " ON CONFLICT DO NOTHING",
+        (line, int(ok), record, batch_id),
     ).rowcount
     if not added:
         return False
     column = "completed" if ok else "failed"
-    connection.execute(f"UPDATE batches SET {column} = {column} + 1 WHERE id = ?", (batch_id,))
+    last = "completed + failed + 1 = total"
     connection.execute(
-        "UPDATE batches SET status = 'completed', completed_s = ? WHERE id = ? AND completed + failed = total",
+        f"UPDATE batches SET {column} = {column} + 1, status = CASE WHEN {last} THEN 'completed' ELSE status END,"
+        f" completed_s = CASE WHEN {last} THEN ? ELSE completed_s END WHERE id = ?",
         (now_s, batch_id),
     )
     return True
