@@ -59,9 +59,17 @@ class Connection(Protocol):
 class State(Protocol):
     """One place for files, batches and results."""
 
-    begin_write: str
-    begin_read: str  # of one snapshot, in which nothing can be changed
-    heartbeat_s: float | None  # how often the writer's connection proves that it holds the state; None: it always does
+    @property
+    def begin_write(self) -> str:
+        """The statement."""
+
+    @property
+    def begin_read(self) -> str:
+        """Of one snapshot, in which nothing can be changed."""
+
+    @property
+    def heartbeat_s(self) -> float | None:
+        """How often the writer's connection must prove that it holds the state; None: it always does."""
 
     def open_writer(self) -> Connection:
         """Own the state; called again where the connection was lost, to go on owning it.

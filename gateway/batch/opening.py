@@ -32,6 +32,14 @@ async def open_batches(frontend: Frontend, settings: BatchSection) -> BatchServi
     return service
 
 
+def check_state(settings: BatchSection) -> None:
+    """Whether a server that starts now could own the state. Raises ConfigError as `open_batches`, before anything has started."""
+    if settings.state_url is not None:
+        state = open_state(settings.state_url)
+        state.open_writer().close()
+        state.release()
+
+
 def open_state(url: str, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> State:
     """The place that `batch.state_url` names; nothing is opened yet. Raises ConfigError."""
     place = parse_url(url)

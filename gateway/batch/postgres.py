@@ -15,7 +15,7 @@ import psycopg
 from psycopg import errors, pq
 from psycopg.rows import DictRow, dict_row
 
-from gateway.batch.connection import Connection, StateFenced, StateUnreachable
+from gateway.batch.connection import Connection, Rows, StateFenced, StateUnreachable
 from gateway.batch.schema import POSTGRES, VERSION
 from gateway.batch.sqlite import LOCK_TIMEOUT_S, disk_full
 from gateway.batch.state_url import PostgresAddress
@@ -93,7 +93,7 @@ class PostgresState:
         if isinstance(error, errors.DataError):  # a zero byte in a name
             return InvalidArgumentError("TEXT_INVALID", f"a text was given that PostgreSQL cannot keep: {_line(error)}")
         if isinstance(error, errors.DiskFull):
-            return disk_full(error)
+            return disk_full(_line(error))
         # Without a code it comes from the connection itself; ReadOnlySqlTransaction comes from a standby.
         gone = isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08").startswith(("08", "57P", "533"))
         if gone or isinstance(error, errors.ReadOnlySqlTransaction):
@@ -185,7 +185,7 @@ class _Connection:
         status = self._connection.info.transaction_status
         return status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 
-    def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> psycopg.Cursor[DictRow]:
+    def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> Rows:
         cursor = self._connection.execute(_translated(sql), parameters or None)
         if (
             sql == "COMMIT" and cursor.statusmessage != sql
@@ -193,7 +193,7 @@ class _Connection:
             raise InternalError("STATE_FAILED", "PostgreSQL rolled a transaction back")
         return cursor
 
-    def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> psycopg.Cursor[DictRow]:
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> Rows:
         cursor = self._connection.cursor()
         cursor.executemany(_translated(sql), rows)
         return cursor

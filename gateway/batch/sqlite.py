@@ -60,7 +60,7 @@ class SqliteState:
         # SQLite calls a quota and a limit of file sizes an I/O error of a write.
         code = getattr(error, "sqlite_errorcode", 0)  # an error of the module itself has none
         if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_WRITE:
-            return disk_full(error)
+            return disk_full(str(error))
         logger.error("batch state: %s", error, exc_info=error)
         return InternalError("STATE_FAILED", f"the batch state could not be used: {error}")
 
@@ -71,11 +71,11 @@ class SqliteState:
         return connection
 
 
-def disk_full(error: Exception) -> ResourceExhaustedError:
+def disk_full(problem: str) -> ResourceExhaustedError:
     """What callers hear when the state cannot grow."""
     return ResourceExhaustedError(
         "STATE_DISK_FULL",
-        f"the batch state cannot grow ({error}): free some space on its disk, or raise the quota; nothing stored was lost",
+        f"the batch state cannot grow ({problem}): free some space on its disk, or raise the quota; nothing stored was lost",
         retry_after_s=10.0,
     )  # fmt: skip
 

@@ -98,6 +98,11 @@ class PostgresServer:
         """With the password."""
         return f"postgresql://{USER}:s3cret%2Fw%40rd@127.0.0.1:{self.port}/{database}"
 
+    def limit_files(self, pid: int, num_bytes: int | None) -> None:
+        """How long the files of one of its processes may be; None: as long as they like."""
+        soft = "unlimited" if num_bytes is None else num_bytes
+        self._run("/usr/bin/prlimit", "--pid", pid, f"--fsize={soft}:")
+
     def new_database(self) -> str:
         """The URL of an empty one."""
         self._databases += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import sys
 import threading
 import time
@@ -21,7 +22,14 @@ from gateway.batch.database import Database
 from gateway.batch.opening import open_state
 from gateway.batch.service import BatchService
 from gateway.cli import main
-from stageline.errors import ConfigError, InvalidArgumentError, NotFoundError, UnavailableError
+from stageline.errors import (
+    ConfigError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from tests.tiny import save_tiny
 
 END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'stageline batches'"
 
@@ -99,7 +107,7 @@ async def test_pages_are_bounded_by_bytes(state_url) -> None:
 
 def test_lines_are_counted_once_whatever_happens_to_postgres(children, postgres, tmp_path, capsys) -> None:
     """PostgreSQL is killed in the middle of a batch, several times, and once the gateway too."""
-    source, out = write(tmp_path / "in.jsonl", [line(f"r-{i}") for i in range(300)]), tmp_path / "out.jsonl"
+    source, out = write(tmp_path / "in.jsonl", [line(f"r-{i}") for i in range(200)]), tmp_path / "out.jsonl"
     done, kills = threading.Event(), 0
     with children.toy_gateway(state_url=postgres.new_database()) as server:
 
@@ -124,8 +132,8 @@ def test_lines_are_counted_once_whatever_happens_to_postgres(children, postgres,
             thread.join()
     assert code == 0, err
     assert kills >= 2
-    assert batch["request_counts"] == {"total": 300, "completed": 300, "failed": 0}
-    assert [answer["custom_id"] for answer in records(out)] == [f"r-{i}" for i in range(300)]
+    assert batch["request_counts"] == {"total": 200, "completed": 200, "failed": 0}
+    assert [answer["custom_id"] for answer in records(out)] == [f"r-{i}" for i in range(200)]
 
 
 async def test_a_connection_that_is_lost_is_opened_again(postgres) -> None:
@@ -215,6 +223,26 @@ async def test_a_server_that_lost_the_state_writes_no_more(postgres) -> None:
     second.close()
 
 
+async def test_a_write_that_finds_no_room_fails_and_the_next_one_succeeds(postgres) -> None:
+    """A limit of the writer's process stands in for a disk: PostgreSQL sees a short write in the same place."""
+    url = postgres.new_database()
+    database = Database(open_state(url))
+    await database.write(begin("file-1"))
+    holder = "SELECT pid FROM pg_locks WHERE locktype = 'advisory'"
+    pid = (await asyncio.to_thread(postgres.execute, url, holder))[0][0]
+    # Over the log's 16 MiB files, and not a whole number of blocks: the table is extended by a part of one.
+    await asyncio.to_thread(postgres.limit_files, pid, 2**24 + 4096)
+    lines = [random.Random(i).randbytes(200_000) for i in range(100)]
+    with pytest.raises(ResourceExhaustedError, match="cannot grow") as error:
+        await database.write(lambda c: files.append(c, "file-1", 1, lines))
+    assert error.value.reason == "STATE_DISK_FULL"
+    await asyncio.to_thread(postgres.limit_files, pid, None)
+    await database.write(lambda c: files.append(c, "file-1", 1, lines))
+    counted = await database.read(lambda c: c.execute("SELECT count(*) AS number FROM file_lines").fetchone())
+    assert counted["number"] == 100
+    database.close()
+
+
 async def test_texts_that_postgres_cannot_keep_are_refused(postgres) -> None:
     database = Database(open_state(postgres.new_database()))
     with pytest.raises(InvalidArgumentError, match="cannot keep"):
@@ -270,3 +298,17 @@ def test_the_password_is_shown_nowhere(postgres, tmp_path, monkeypatch, capsys, 
         database.close()
     assert "connected again" in caplog.text
     assert "s3cret" not in caplog.text
+
+
+def test_serve_says_what_is_wrong_with_its_state(tmp_path, capsys) -> None:
+    """Before anything starts: later all that Ray says is that the gateway could not be deployed."""
+    save_tiny(tmp_path)
+    for url, problem in (
+        ("postgresql://me@127.0.0.1:1/db", "cannot be used as PostgreSQL state"),
+        (f"sqlite:///{tmp_path}/none/state.db", "No such file or directory"),
+        ("redis://me", "'redis' is not supported"),
+    ):
+        assert main(["serve", "--model", str(tmp_path), "--batch.state-url", url]) == 2
+        error = capsys.readouterr().err
+        assert problem in error
+        assert "Traceback" not in error
