@@ -300,6 +300,42 @@ def test_the_password_is_shown_nowhere(postgres, tmp_path, monkeypatch, capsys, 
     assert "s3cret" not in caplog.text
 
 
+async def test_files_and_a_batch_that_expires(state_url) -> None:
+    async def answer(request, tenant: str, request_id: str) -> dict:
+        if int(request.custom_id[2:]) > 3:
+            await asyncio.sleep(600)
+        return {"usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+
+    service = BatchService(
+        Database(open_state(state_url)), answer, max_concurrency=3, max_lines=100, max_file_bytes=1 << 20
+    )
+    await service.start()
+    ids = []
+    for name in ("first", "second"):
+        ids.append(await service.create_file("", name))
+        # The last line has no line feed.
+        await service.write_file("", ids[-1], 0, "\n".join([*(line(f"r-{i}") for i in range(10)), "no JSON"]).encode())
+        for _ in range(2):  # asking again is harmless
+            await service.complete_file("", ids[-1])
+    assert [file.filename for file in await service.list_files("")] == ["second", "first"]
+    batch = await service.create_batch("", ids[0], window_s=2, key="key")
+    assert (await service.create_batch("", ids[0], window_s=2, key="key")).id == batch.id
+    async with asyncio.timeout(60):
+        while (batch := await service.get_batch("", batch.id)).status != "expired":  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert batch.total == batch.completed + batch.failed == 11
+    assert batch.completed <= 4
+    (page,) = [page async for page in service.results("", batch.id, "error", 0)]
+    errors = [json.loads(text)["error"] or json.loads(text)["response"] for text in page[0].splitlines()]
+    assert [error.get("code") for error in errors] == ["batch_expired"] * (10 - batch.completed) + ["line_not_json"]
+    assert (await service.get_file("", batch.error_file_id)).num_bytes == len(page[0])
+    await service.delete_file("", batch.error_file_id)
+    assert (await service.get_batch("", batch.id)).error_file_id == ""
+    await service.delete_batch("", batch.id)
+    assert [file.filename for file in await service.list_files("")] == ["second"]
+    await service.stop()
+
+
 def test_serve_says_what_is_wrong_with_its_state(tmp_path, capsys) -> None:
     """Before anything starts: later all that Ray says is that the gateway could not be deployed."""
     save_tiny(tmp_path)
