@@ -243,6 +243,25 @@ async def test_a_write_that_finds_no_room_fails_and_the_next_one_succeeds(postgr
     database.close()
 
 
+async def test_the_session_is_set_up_whatever_the_roles_defaults_are(postgres) -> None:
+    url = postgres.new_database()
+    database = url.rsplit("/", 1)[1]
+    for setting in ("synchronous_commit = off", "idle_session_timeout = 1000", "search_path = public"):
+        await asyncio.to_thread(postgres.execute, url, f"ALTER DATABASE {database} SET {setting}")
+    state = Database(open_state(url))
+    names = ("synchronous_commit", "idle_session_timeout", "search_path", "tcp_keepalives_idle", "lock_timeout")
+
+    def settings(connection) -> list[str]:
+        return [connection.execute(f"SHOW {name}").fetchone()[name] for name in names]
+
+    assert await state.write(settings) == ["on", "0", "stageline", "10", "0"]
+    await asyncio.sleep(1.5)  # the idle session is still there
+    assert await asyncio.to_thread(
+        postgres.execute, url, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    ) == [(1,)]
+    state.close()
+
+
 async def test_texts_that_postgres_cannot_keep_are_refused(postgres) -> None:
     database = Database(open_state(postgres.new_database()))
     with pytest.raises(InvalidArgumentError, match="cannot keep"):
