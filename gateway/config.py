@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gateway.batch.state_url import path_of, url_of
+from gateway.batch.state_url import absolute_url, has_password, without_password
 from stageline.errors import ConfigError
 from stages.spec import DEFAULT_SHARED_MEMORY_BYTES
 from stages.tls import TlsFiles, tls_files
@@ -177,7 +177,12 @@ class ServerSection(_Section):
 class BatchSection(_Section):
     """Batches of requests; on where there is a place for their state."""
 
-    state_url: str | None = Field(None, description="where files, batches and results are kept: sqlite:///PATH")
+    state_url: str | None = Field(
+        None,
+        repr=False,  # it may hold a password
+        description="where files, batches and results are kept: sqlite:///PATH, or postgresql://USER@HOST:PORT/DATABASE "
+        "(needs the extra `postgres`)",
+    )
     max_concurrency: int = Field(20, ge=1, description="lines that run at a time; so many are run again after a crash")
     max_lines: int = Field(1_000_000, ge=1, description="requests of one batch")
     max_file_bytes: int = Field(1 << 30, ge=1, description="bytes of one input file")
@@ -186,7 +191,7 @@ class BatchSection(_Section):
         """The same for a process with another working directory. Raises ConfigError for a URL that is not supported."""
         if self.state_url is None:
             return self
-        return self.model_copy(update={"state_url": url_of(path_of(self.state_url).absolute())})
+        return self.model_copy(update={"state_url": absolute_url(self.state_url)})
 
 
 class SecuritySection(_Section):
@@ -264,6 +269,13 @@ class Config(_Section):
     security: SecuritySection = SecuritySection()
     tracing: TracingSection = TracingSection()
 
+    def shown(self) -> dict[str, Any]:
+        """All fields for people to see: without the password of a URL."""
+        data = self.model_dump()
+        if self.batch.state_url is not None:
+            data["batch"]["state_url"] = without_password(self.batch.state_url)
+        return data
+
     def block_size_tokens(self) -> int:
         """Tokens of a KV block: as configured, else 16, and 256 on CUDA (FlashAttention-2's paged KV)."""
         return self.kv_cache.block_size_tokens or (256 if self.stages.device == "cuda" else 16)
@@ -295,10 +307,10 @@ def from_mapping(data: Mapping[str, Any], *, source: str) -> Config:
             ) from None
         raise ConfigError(
             "CONFIG_INVALID",
-            f"{source}: {name}: {first['msg']}, got {first['input']!r}",
+            f"{source}: {name}: {first['msg']}, got {without_password(repr(first['input']))}",
             field=name,
             source=source,
-            value=first["input"],
+            value=without_password(str(first["input"])),
         ) from None
 
 
@@ -321,6 +333,12 @@ def load(config_file: str | None, flags: Mapping[str, str], environ: Mapping[str
                     source="environment",
                 )
             environment[name] = value
+    if has_password(flags.get("batch.state_url", "")):
+        raise ConfigError(
+            "PASSWORD_ON_COMMAND_LINE", "--batch.state-url: others on this machine can read the arguments of a process; give "
+            "the URL in the configuration file or in STAGELINE_BATCH__STATE_URL, or leave the password to PGPASSWORD or a "
+            "password file (PGPASSFILE)", field="batch.state_url",
+        )  # fmt: skip
     merged: dict[str, dict[str, Any]] = {}
     for source, data in layers:
         from_mapping(data, source=source)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 
+from gateway.batch.connection import Connection, Row
 from gateway.batch.types import ResultKind, StoredFile
 from stageline.errors import FailedPreconditionError, NotFoundError
 
-PAGE_BYTES = 2**20
+PAGE_BYTES, PAGE_LINES = 2**20, 4096
 _SUFFIXES: dict[str, ResultKind] = {"-output": "output", "-error": "error"}
 
 
@@ -17,114 +17,122 @@ def result_file_id(batch_id: str, kind: ResultKind) -> str:
     return f"file-{batch_id.removeprefix('batch_')}-{kind}"
 
 
-def begin(connection: sqlite3.Connection, tenant: str, file_id: str, filename: str, now_s: int) -> None:
+def begin(connection: Connection, tenant: str, file_id: str, filename: str, now_s: int) -> None:
     """A file that is not complete yet."""
     connection.execute(
-        "INSERT INTO files (id, tenant, filename, created_s) VALUES (?, ?, ?, ?)", (file_id, tenant, filename, now_s)
+        "INSERT INTO files (id, tenant, filename, created_s) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (file_id, tenant, filename, now_s),
     )
 
 
-def append(connection: sqlite3.Connection, file_id: str, first_line: int, lines: Sequence[bytes]) -> None:
+def append(connection: Connection, file_id: str, first_line: int, lines: Sequence[bytes]) -> None:
     """Add lines, numbered from `first_line`."""
     rows = ((file_id, first_line + place, line) for place, line in enumerate(lines))
-    connection.executemany("INSERT INTO file_lines VALUES (?, ?, ?)", rows)
+    connection.executemany("INSERT INTO file_lines VALUES (?, ?, ?) ON CONFLICT DO NOTHING", rows)
 
 
-def complete(connection: sqlite3.Connection, tenant: str, file_id: str, num_bytes: int) -> StoredFile:
-    """From now on the file is there, and never changes."""
+def complete(
+    connection: Connection, tenant: str, file_id: str, first_line: int, rest: Sequence[bytes], num_bytes: int
+) -> StoredFile:
+    """Add the last lines; from now on the file is there, and never changes."""
+    append(connection, file_id, first_line, rest)
     connection.execute("UPDATE files SET complete = 1, num_bytes = ? WHERE id = ?", (num_bytes, file_id))
     return get(connection, tenant, file_id)
 
 
-def drop(connection: sqlite3.Connection, file_id: str) -> None:
+def drop(connection: Connection, file_id: str) -> None:
     """Forget an input file, whoever needs it."""
     connection.execute("DELETE FROM file_lines WHERE file_id = ?", (file_id,))
     connection.execute("DELETE FROM files WHERE id = ?", (file_id,))
 
 
-def drop_incomplete(connection: sqlite3.Connection) -> None:
+def drop_incomplete(connection: Connection) -> None:
     """Forget uploads that a server's end cut off."""
-    for row in connection.execute("SELECT id FROM files WHERE NOT complete").fetchall():
+    for row in connection.execute("SELECT id FROM files WHERE complete = 0").fetchall():
         drop(connection, row["id"])
 
 
-def drop_unused(connection: sqlite3.Connection, file_id: str) -> None:
+def drop_unused(connection: Connection, file_id: str) -> None:
     """Forget an input file that no batch names."""
     if connection.execute("SELECT 1 FROM batches WHERE input_file_id = ?", (file_id,)).fetchone() is None:
         drop(connection, file_id)
 
 
-def get(connection: sqlite3.Connection, tenant: str, file_id: str) -> StoredFile:
+def get(connection: Connection, tenant: str, file_id: str) -> StoredFile:
     """Raises NotFoundError."""
     source = _result_source(connection, tenant, file_id)
     if source is not None:
         batch, kind = source
         num_bytes = connection.execute(
-            "SELECT coalesce(sum(length(record)), 0) FROM results WHERE batch_id = ? AND ok = ?",
-            (batch["id"], kind == "output"),
-        ).fetchone()[0]
+            "SELECT coalesce(sum(length(record)), 0) AS num_bytes FROM results WHERE batch_id = ? AND ok = ?",
+            (batch["id"], int(kind == "output")),
+        ).fetchone()["num_bytes"]
         ended_s = batch["completed_s"] or batch["cancelled_s"] or batch["expired_s"]
         name = f"{batch['id']}_{kind}.jsonl"
         return StoredFile(
             id=file_id, filename=name, num_bytes=num_bytes, created_s=ended_s, purpose="batch_output"
         )  # fmt: skip
     row = connection.execute(
-        "SELECT * FROM files WHERE id = ? AND tenant = ? AND complete", (file_id, tenant)
+        "SELECT * FROM files WHERE id = ? AND tenant = ? AND complete = 1", (file_id, tenant)
     ).fetchone()
     if row is None:
         raise NotFoundError("FILE_NOT_FOUND", f"there is no file {file_id[:128]!r}", field="file_id", id=file_id[:128])
     return _stored(row)
 
 
-def input_files(connection: sqlite3.Connection, tenant: str) -> list[StoredFile]:
+def input_files(connection: Connection, tenant: str) -> list[StoredFile]:
     """All uploaded files, newest first."""
     rows = connection.execute(
-        "SELECT * FROM files WHERE tenant = ? AND complete ORDER BY created_s DESC, rowid DESC", (tenant,)
+        "SELECT * FROM files WHERE tenant = ? AND complete = 1 ORDER BY created_s DESC, rowid DESC", (tenant,)
     )
     return [_stored(row) for row in rows]
 
 
-def page(connection: sqlite3.Connection, tenant: str, file_id: str, after_line: int) -> list[tuple[int, bytes]]:
+def page(connection: Connection, tenant: str, file_id: str, after_line: int) -> list[tuple[int, bytes]]:
     """Some (line, bytes) after a line, about PAGE_BYTES of them; none at the end. Raises NotFoundError."""
     source = _result_source(connection, tenant, file_id)
     if source is not None:
         return results_page(connection, source[0]["id"], source[1], after_line)
     get(connection, tenant, file_id)
-    rows = connection.execute(
-        "SELECT line, data FROM file_lines WHERE file_id = ? AND line > ? ORDER BY line", (file_id, after_line)
-    )
-    return take_page(rows)
+    return take_page(connection, "line", "data", "FROM file_lines WHERE file_id = ?", file_id, after_line)
 
 
-def results_page(
-    connection: sqlite3.Connection, batch_id: str, kind: ResultKind, after_line: int
-) -> list[tuple[int, bytes]]:
+def results_page(connection: Connection, batch_id: str, kind: ResultKind, after_line: int) -> list[tuple[int, bytes]]:
     """As `page`, of a batch that may still run."""
-    rows = connection.execute(
-        "SELECT line, record FROM results WHERE batch_id = ? AND ok = ? AND line > ? ORDER BY line",
-        (batch_id, kind == "output", after_line),
+    rows = f"FROM results WHERE ok = {int(kind == 'output')} AND batch_id = ?"
+    return take_page(connection, "line", "record", rows, batch_id, after_line)
+
+
+def take_page(
+    connection: Connection, line: str, data: str, rows: str, owner: str, after_line: int
+) -> list[tuple[int, bytes]]:
+    """About PAGE_BYTES of (line, bytes) after a line, at least one where there is one.
+
+    `line` and `data`: columns of `rows`, which ends with a condition on `owner`. Sizes come first: not every database hands out
+    rows one by one.
+    """
+    order = f"ORDER BY {line} LIMIT {PAGE_LINES}"
+    sizes = connection.execute(
+        f"SELECT {line} AS line, length({data}) AS size {rows} AND {line} > ? {order}", (owner, after_line)
     )
-    return take_page(rows)
-
-
-def take_page(rows: sqlite3.Cursor) -> list[tuple[int, bytes]]:
-    """About PAGE_BYTES of (line, bytes), at least one where there is one."""
-    taken, num_bytes = [], 0
-    for line, data in rows:
-        taken.append((line, data))
-        num_bytes += len(data)
+    last, num_bytes = after_line, 0
+    for row in sizes.fetchall():
+        last, num_bytes = row["line"], num_bytes + row["size"]
         if num_bytes >= PAGE_BYTES:
             break
-    rows.close()  # ends the read transaction
-    return taken
+    taken = connection.execute(
+        f"SELECT {line} AS line, {data} AS data {rows} AND {line} > ? AND {line} <= ? {order}",
+        (owner, after_line, last),
+    )
+    return [(row["line"], row["data"]) for row in taken.fetchall()]
 
 
-def delete(connection: sqlite3.Connection, tenant: str, file_id: str) -> None:
+def delete(connection: Connection, tenant: str, file_id: str) -> None:
     """Delete for a client. Raises NotFoundError, and FailedPreconditionError for the input of a batch that runs."""
     source = _result_source(connection, tenant, file_id)
     if source is not None:
         batch, kind = source
-        connection.execute("DELETE FROM results WHERE batch_id = ? AND ok = ?", (batch["id"], kind == "output"))
+        connection.execute("DELETE FROM results WHERE batch_id = ? AND ok = ?", (batch["id"], int(kind == "output")))
         column = "has_output" if kind == "output" else "has_errors"
         connection.execute(f"UPDATE batches SET {column} = 0 WHERE id = ?", (batch["id"],))
         return
@@ -140,7 +148,7 @@ def delete(connection: sqlite3.Connection, tenant: str, file_id: str) -> None:
     drop(connection, file_id)
 
 
-def _result_source(connection: sqlite3.Connection, tenant: str, file_id: str) -> tuple[sqlite3.Row, ResultKind] | None:
+def _result_source(connection: Connection, tenant: str, file_id: str) -> tuple[Row, ResultKind] | None:
     """The batch and kind behind the name of a result file that exists."""
     for suffix, kind in _SUFFIXES.items():
         if file_id.endswith(suffix):
@@ -156,7 +164,7 @@ def _result_source(connection: sqlite3.Connection, tenant: str, file_id: str) ->
     return None
 
 
-def _stored(row: sqlite3.Row) -> StoredFile:
+def _stored(row: Row) -> StoredFile:
     return StoredFile(
         id=row["id"], filename=row["filename"], num_bytes=row["num_bytes"], created_s=row["created_s"], tenant=row["tenant"]
     )  # fmt: skip

@@ -57,8 +57,7 @@ class LineSplitter:
 
     def end(self) -> list[bytes]:
         """The last line, where the file does not end with a line feed."""
-        rest, self._rest = bytes(self._rest), bytearray()
-        return [rest] if rest else []
+        return [bytes(self._rest)] if self._rest else []
 
 
 def _cut(data: bytes) -> list[bytes]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-import sqlite3
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 from gateway.batch import files, store
+from gateway.batch.connection import Connection
 from gateway.batch.database import Database
 from gateway.batch.lines import LineSplitter
 from gateway.batch.plan import check_endpoint, check_metadata, make_plan
@@ -106,9 +106,11 @@ class BatchService:
         if file_id not in self._uploads:
             return await self.get_file(tenant, file_id)
         upload = self._upload(tenant, file_id)
-        await self._append(upload, file_id, upload.splitter.end())
-        stored = await self._database.write(lambda c: files.complete(c, tenant, file_id, upload.num_bytes))
-        del self._uploads[file_id]
+        rest, first = upload.splitter.end(), upload.num_lines + 1
+        stored = await self._database.write(
+            lambda c: files.complete(c, tenant, file_id, first, rest, upload.num_bytes)
+        )  # where that fails, asking again ends the whole file
+        self._uploads.pop(file_id, None)
         return stored
 
     async def get_file(self, tenant: str, file_id: str) -> StoredFile:
@@ -229,7 +231,7 @@ class BatchService:
         await self._database.write(lambda c: files.drop(c, file_id))
 
 
-def _lines(connection: sqlite3.Connection, tenant: str, file_id: str) -> Iterator[tuple[int, bytes]]:
+def _lines(connection: Connection, tenant: str, file_id: str) -> Iterator[tuple[int, bytes]]:
     after = 0
     while page := files.page(connection, tenant, file_id, after):
         yield from page

@@ -1,7 +1,8 @@
 """Whose line runs next: of the tenants with lines to run, the one that was served least; of its batches the oldest.
 
-The engine shares its steps among tenants by the same counters, but it sees only the lines that run. Without this the places for
-them would all be taken by whoever came first with a long batch.
+Batches of one tenant that took turns would end the first later and the last no sooner. The engine shares its steps among
+tenants by the same counters, but it sees only the lines that run. Without this the places for them would all be taken by
+whoever came first with a long batch.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Sequence
 
+from gateway.batch.connection import Connection, Row
 from gateway.batch.files import drop_unused, get, result_file_id, take_page
 from gateway.batch.plan import Plan
 from gateway.batch.types import FINAL, Batch
@@ -13,7 +13,7 @@ from stageline.errors import FailedPreconditionError, NotFoundError
 
 
 def create(
-    connection: sqlite3.Connection, batch_id: str, plan: Plan, *, tenant: str, key: str | None, input_file_id: str,
+    connection: Connection, batch_id: str, plan: Plan, *, tenant: str, key: str | None, input_file_id: str,
     only_endpoint: str, window_s: int | None, metadata: dict[str, str], now_s: int,
 ) -> Batch:  # fmt: skip
     """The new batch with the records of the lines that cannot run, or the one that has this idempotency key.
@@ -22,6 +22,8 @@ def create(
     """
     if (existing := find_key(connection, tenant, key)) is not None:
         return existing
+    if connection.execute("SELECT 1 FROM batches WHERE id = ?", (batch_id,)).fetchone():
+        return find(connection, tenant, batch_id)  # this write runs again
     get(connection, tenant, input_file_id)
     done = len(plan.problems) == plan.total
     connection.execute(
@@ -37,7 +39,7 @@ def create(
     return find(connection, tenant, batch_id)
 
 
-def find(connection: sqlite3.Connection, tenant: str, batch_id: str) -> Batch:
+def find(connection: Connection, tenant: str, batch_id: str) -> Batch:
     """Raises NotFoundError."""
     row = connection.execute("SELECT * FROM batches WHERE id = ? AND tenant = ?", (batch_id, tenant)).fetchone()
     if row is None:
@@ -47,13 +49,13 @@ def find(connection: sqlite3.Connection, tenant: str, batch_id: str) -> Batch:
     return _batch(row)
 
 
-def find_key(connection: sqlite3.Connection, tenant: str, key: str | None) -> Batch | None:
+def find_key(connection: Connection, tenant: str, key: str | None) -> Batch | None:
     """The batch with an idempotency key."""
     row = connection.execute("SELECT * FROM batches WHERE tenant = ? AND idempotency_key = ?", (tenant, key)).fetchone()
     return None if row is None else _batch(row)
 
 
-def listed(connection: sqlite3.Connection, tenant: str, after: str, limit: int) -> tuple[list[Batch], bool]:
+def listed(connection: Connection, tenant: str, after: str, limit: int) -> tuple[list[Batch], bool]:
     """Newest first, those older than batch `after` where one is named; and whether there are more.
 
     Raises NotFoundError for an unknown `after`.
@@ -61,55 +63,52 @@ def listed(connection: sqlite3.Connection, tenant: str, after: str, limit: int) 
     below = 2**62
     if after:
         find(connection, tenant, after)
-        below = connection.execute("SELECT number FROM batches WHERE id = ?", (after,)).fetchone()[0]
+        below = connection.execute("SELECT number FROM batches WHERE id = ?", (after,)).fetchone()["number"]
     rows = connection.execute(
         "SELECT * FROM batches WHERE tenant = ? AND number < ? ORDER BY number DESC LIMIT ?", (tenant, below, limit + 1)
     ).fetchall()
     return [_batch(row) for row in rows[:limit]], len(rows) > limit
 
 
-def unfinished(connection: sqlite3.Connection) -> list[Batch]:
+def unfinished(connection: Connection) -> list[Batch]:
     """Batches with work to do, oldest first."""
     rows = connection.execute("SELECT * FROM batches WHERE status IN ('in_progress', 'cancelling') ORDER BY number")
     return [_batch(row) for row in rows]
 
 
-def pending(connection: sqlite3.Connection, batch_id: str, after_line: int) -> list[tuple[int, bytes]]:
+def pending(connection: Connection, batch_id: str, after_line: int) -> list[tuple[int, bytes]]:
     """Some lines after `after_line` that have no result, in order; blank lines are among them."""
-    rows = connection.execute(
-        "SELECT l.line, l.data FROM batches b JOIN file_lines l ON l.file_id = b.input_file_id AND l.line > ?"
-        " LEFT JOIN results r ON r.batch_id = b.id AND r.line = l.line"
-        " WHERE b.id = ? AND r.line IS NULL ORDER BY l.line",
-        (after_line, batch_id),
+    rows = (
+        "FROM batches b JOIN file_lines l ON l.file_id = b.input_file_id"
+        " LEFT JOIN results r ON r.batch_id = b.id AND r.line = l.line WHERE r.line IS NULL AND b.id = ?"
     )
-    return take_page(rows)
+    return take_page(connection, "l.line", "l.data", rows, batch_id, after_line)
 
 
-def add_result(
-    connection: sqlite3.Connection, batch_id: str, line: int, record: bytes, *, ok: bool, now_s: int
-) -> bool:
+def add_result(connection: Connection, batch_id: str, line: int, record: bytes, *, ok: bool, now_s: int) -> bool:
     """Keep a record, count it, and end the batch with its last one, all or nothing.
 
     False where the line has a record already or the batch has ended: nothing changes then.
     """
-    row = connection.execute("SELECT status FROM batches WHERE id = ?", (batch_id,)).fetchone()
-    if row is None or row["status"] in FINAL:
-        return False
+    # Two statements, not more: where the database is another host each is a trip, and the writer makes them for every line.
     added = connection.execute(
-        "INSERT OR IGNORE INTO results VALUES (?, ?, ?, ?)", (batch_id, line, ok, record)
+        "INSERT INTO results SELECT id, ?, ?, ? FROM batches WHERE id = ? AND status IN ('in_progress', 'cancelling')"
+        " ON CONFLICT DO NOTHING",
+        (line, int(ok), record, batch_id),
     ).rowcount
     if not added:
         return False
     column = "completed" if ok else "failed"
-    connection.execute(f"UPDATE batches SET {column} = {column} + 1 WHERE id = ?", (batch_id,))
+    last = "completed + failed + 1 = total"
     connection.execute(
-        "UPDATE batches SET status = 'completed', completed_s = ? WHERE id = ? AND completed + failed = total",
+        f"UPDATE batches SET {column} = {column} + 1, status = CASE WHEN {last} THEN 'completed' ELSE status END,"
+        f" completed_s = CASE WHEN {last} THEN ? ELSE completed_s END WHERE id = ?",
         (now_s, batch_id),
     )
     return True
 
 
-def cancel(connection: sqlite3.Connection, tenant: str, batch_id: str, now_s: int) -> Batch:
+def cancel(connection: Connection, tenant: str, batch_id: str, now_s: int) -> Batch:
     """Begin to cancel. Raises NotFoundError, and FailedPreconditionError for a batch that has ended."""
     batch = find(connection, tenant, batch_id)
     if batch.status in FINAL and batch.status != "cancelled":
@@ -124,7 +123,7 @@ def cancel(connection: sqlite3.Connection, tenant: str, batch_id: str, now_s: in
     return find(connection, tenant, batch_id)
 
 
-def end_cancelled(connection: sqlite3.Connection, batch_id: str, now_s: int) -> None:
+def end_cancelled(connection: Connection, batch_id: str, now_s: int) -> None:
     """Nothing of it runs any more."""
     connection.execute(
         "UPDATE batches SET status = 'cancelled', cancelled_s = ? WHERE id = ? AND status = 'cancelling'",
@@ -132,19 +131,17 @@ def end_cancelled(connection: sqlite3.Connection, batch_id: str, now_s: int) -> 
     )
 
 
-def end_expired(
-    connection: sqlite3.Connection, batch_id: str, records: Sequence[tuple[int, bytes]], now_s: int
-) -> None:
+def end_expired(connection: Connection, batch_id: str, records: Sequence[tuple[int, bytes]], now_s: int) -> None:
     """End with an error record for every line that has not run."""
     rows = ((batch_id, line, record) for line, record in records)
-    added = connection.executemany("INSERT OR IGNORE INTO results VALUES (?, ?, 0, ?)", rows).rowcount
+    added = connection.executemany("INSERT INTO results VALUES (?, ?, 0, ?) ON CONFLICT DO NOTHING", rows).rowcount
     connection.execute(
         "UPDATE batches SET status = 'expired', expired_s = ?, failed = failed + ? WHERE id = ?",
         (now_s, max(0, added), batch_id),
     )
 
 
-def delete(connection: sqlite3.Connection, tenant: str, batch_id: str) -> None:
+def delete(connection: Connection, tenant: str, batch_id: str) -> None:
     """Forget a batch, its results, and its input where no other batch has it.
 
     Raises NotFoundError, and FailedPreconditionError for a batch that runs.
@@ -160,7 +157,7 @@ def delete(connection: sqlite3.Connection, tenant: str, batch_id: str) -> None:
     drop_unused(connection, batch.input_file_id)
 
 
-def _batch(row: sqlite3.Row) -> Batch:
+def _batch(row: Row) -> Batch:
     ended = row["status"] in FINAL
     names = ("id", "input_file_id", "endpoint", "status", "total", "completed", "failed", "created_s", "window_s",
              "completed_s", "cancelling_s", "cancelled_s", "expired_s", "tenant")  # fmt: skip

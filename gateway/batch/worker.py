@@ -15,6 +15,7 @@ from typing import Any
 
 from gateway.api.errors import as_typed
 from gateway.batch import store
+from gateway.batch.connection import StateFenced
 from gateway.batch.database import Database
 from gateway.batch.lines import LineProblem, LineRequest, is_blank, read_line
 from gateway.batch.records import line_record
@@ -92,6 +93,11 @@ class Worker:
             try:
                 await self._round()
                 failures = 0
+            except StateFenced:
+                self._waiting_lines = 0
+                for batch_id in list(self._feeds):
+                    await self._stop_running(batch_id)
+                return  # the server that owns the state goes on
             except Exception as error:
                 logger.error("batches pause: %s", as_typed(error, where="the batch worker").message)
                 await asyncio.sleep(self._backoff.delay_s(failures, random.random()) or 0.0)
@@ -148,7 +154,7 @@ class Worker:
 
     def _ended(self, feed: _Feed, line: tuple[int, bytes], task: asyncio.Task[None]) -> None:
         feed.tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
+        if not task.cancelled() and task.exception() is not None and not isinstance(task.exception(), StateFenced):
             logger.error("batch %s: line %d will run again", feed.id, line[0], exc_info=task.exception())
             asyncio.get_running_loop().call_later(BUG_DELAY_S, self._again, feed, line)
         self._wake.set()
@@ -191,6 +197,8 @@ class Worker:
         while True:
             try:
                 return await action()
+            except StateFenced:
+                raise
             except errors as error:
                 retry_after_s = float(error.metadata.get("retry_after_s", 0.0))
                 delay_s = self._backoff.delay_s(failures, random.random(), retry_after_s=retry_after_s)

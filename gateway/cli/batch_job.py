@@ -76,9 +76,9 @@ class BatchClient:
         except NotFoundError:
             return None
 
-    def list(self, limit: int) -> tuple[list[Batch], bool]:
-        """Newest first; and whether there are more."""
-        page = self._call(self._stub.ListBatches, pb.ListBatchesRequest(limit=limit))
+    def list(self, limit: int, after: str = "") -> tuple[list[Batch], bool]:
+        """Newest first, those older than batch `after` where one is named; and whether there are more."""
+        page = self._call(self._stub.ListBatches, pb.ListBatchesRequest(limit=limit, after_batch_id=after))
         return [from_message(batch) for batch in page.batches], page.has_more
 
     def cancel(self, batch_id: str) -> Batch:
@@ -163,7 +163,7 @@ class BatchClient:
                 if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                     typed = FailedPreconditionError(
                         "BATCHES_OFF", f"the server at {self._connection.address} keeps no batches; "
-                        "start it with --batch.state-url sqlite:///PATH",
+                        "start it with --batch.state-url sqlite:///PATH or postgresql://…",
                     )  # fmt: skip
                 cured = error.code() in (
                     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -235,12 +235,15 @@ def _fingerprint(path: Path) -> str:
 
 def _refuse_changed(client: BatchClient, job: Job) -> None:
     """A batch of these very files that still runs began with another input."""
-    found, _ = client.list(100)
-    for batch in found:
-        if batch.metadata.get("job") == job.place and batch.status not in FINAL:
-            raise _changed(
-                job, f"since {batch.id} began, which still runs; cancel that batch, or name another --output-file"
-            )
+    after, more = "", True
+    while more:
+        found, more = client.list(100, after)
+        for batch in found:
+            after = batch.id
+            if batch.metadata.get("job") == job.place and batch.status not in FINAL:
+                raise _changed(
+                    job, f"since {batch.id} began, which still runs; cancel that batch, or name another --output-file"
+                )
 
 
 def _changed(job: Job, when: str) -> StagelineError:

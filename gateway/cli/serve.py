@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from gateway.access import Audit, Doorkeeper
+from gateway.batch.opening import check_state
 from gateway.cli.options import add_config_arguments, config_from
 from gateway.cli.progress import Loads, Progress
 from gateway.cli.servers import new_stage_token, register
@@ -98,7 +99,7 @@ def _keep_stdout() -> Any:
 def _complete(config: Config) -> Config:
     """Check what can be checked before anything starts, and choose ports that were left to us (0).
 
-    Raises the typed error of whatever is wrong: model, tokenizer, split, tensors of a stage, ports.
+    Raises the typed error of whatever is wrong: model, tokenizer, split, tensors of a stage, batch state, ports.
     """
     if not config.model.path:
         raise ConfigError(
@@ -119,6 +120,7 @@ def _complete(config: Config) -> Config:
     config.security.door_tls()
     Doorkeeper(config.security.keys_file, Audit(config.security.audit_file))
     StageAccess(**config.security.stage_files())
+    check_state(config.batch)
     server = {
         "grpc_port": _free_port(config.server.host, config.server.grpc_port, "server.grpc_port"),
         "http_port": _free_port(config.server.host, config.server.http_port, "server.http_port"),

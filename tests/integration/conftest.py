@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from engine_helpers import Cluster
+from postgres_server import PostgresServer, programs
 from process_nursery import Nursery, ToyGateway, nursery
 
 
@@ -32,3 +34,22 @@ def gateway(children) -> Iterator[ToyGateway]:
     """A whole gateway process with small stages."""
     with children.toy_gateway() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A database server of our own; skips where PostgreSQL is not installed."""
+    if programs() is None:
+        pytest.skip("PostgreSQL's server programs (initdb, postgres) are not installed")
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def state_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty batch state of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'state.db'}"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.new_database()

@@ -16,9 +16,9 @@ from gateway.cli import main
 
 
 @pytest.fixture
-def server(children, tmp_path) -> Iterator[ToyGateway]:
+def server(children, state_url) -> Iterator[ToyGateway]:
     """With batches, whose state outlives it."""
-    with children.toy_gateway(state_url=f"sqlite:///{tmp_path / 'state.db'}") as server:
+    with children.toy_gateway(state_url=state_url) as server:
         yield server
 
 
@@ -92,8 +92,10 @@ def test_good_and_bad_lines(server, tmp_path, capsys) -> None:
     assert [one["id"] for one in run(capsys, "list", *flags(server))[1]["data"]] == [batch["id"]]
 
 
-def test_kills_lose_and_repeat_no_line(server, tmp_path, capsys) -> None:
-    source, out = write(tmp_path / "in.jsonl", [line(f"r-{i}") for i in range(900)]), tmp_path / "out.jsonl"
+def test_kills_lose_and_repeat_no_line(server, state_url, tmp_path, capsys) -> None:
+    # Fewer with PostgreSQL: it is killed together with the gateway in test_batch_state.
+    number, least = (900, 3) if state_url.startswith("sqlite") else (300, 2)
+    source, out = write(tmp_path / "in.jsonl", [line(f"r-{i}") for i in range(number)]), tmp_path / "out.jsonl"
     done, kills, draw = threading.Event(), 0, random.Random(5)
 
     def trouble() -> None:
@@ -112,10 +114,10 @@ def test_kills_lose_and_repeat_no_line(server, tmp_path, capsys) -> None:
         done.set()
         thread.join()
     assert code == 0, err
-    assert kills >= 3
-    assert batch["request_counts"] == {"total": 900, "completed": 900, "failed": 0}
+    assert kills >= least
+    assert batch["request_counts"] == {"total": number, "completed": number, "failed": 0}
     answers = records(out)
-    assert [answer["custom_id"] for answer in answers] == [f"r-{i}" for i in range(900)]
+    assert [answer["custom_id"] for answer in answers] == [f"r-{i}" for i in range(number)]
     # What was computed around the kills is what an undisturbed server computes.
     code, _, _ = run(capsys, "submit", source, "--output-file", tmp_path / "calm.jsonl", "--wait", *flags(server))
     texts, calm = (

@@ -10,12 +10,9 @@ import pytest
 from doors_helpers import Doors, open_doors
 
 from gateway.access import Doorkeeper
-from gateway.batch.database import Database
 from gateway.batch.opening import open_batches
-from gateway.batch.state_url import path_of, url_of
 from gateway.cli import main
 from gateway.config import BatchSection
-from stageline.errors import ConfigError
 
 
 def lines(count: int, url: str = "/v1/completions") -> bytes:
@@ -28,9 +25,9 @@ def lines(count: int, url: str = "/v1/completions") -> bytes:
 
 
 @pytest.fixture
-async def doors(tmp_path):
+async def doors(state_url):
     doors = Doors()
-    batches = await open_batches(doors.frontend, BatchSection(state_url=f"sqlite:///{tmp_path}/state.db"))
+    batches = await open_batches(doors.frontend, BatchSection(state_url=state_url))
     async with open_doors(doors, batches=batches) as opened:
         yield opened
     await batches.stop()
@@ -115,13 +112,13 @@ async def test_a_server_without_state_says_so() -> None:
             await client.batches.list()
 
 
-async def test_a_tenant_sees_its_own(tmp_path, capsys) -> None:
+async def test_a_tenant_sees_its_own(state_url, tmp_path, capsys) -> None:
     keys = {}
     for tenant in ("red", "blue"):
         assert main(["keys", "create", "--tenant", tenant, "--file", str(tmp_path / "keys.yaml")]) == 0
         keys[tenant] = next(word for word in capsys.readouterr().out.split() if word.startswith("sl-"))
     doors = Doors(doorkeeper=Doorkeeper(str(tmp_path / "keys.yaml")))
-    batches = await open_batches(doors.frontend, BatchSection(state_url=f"sqlite:///{tmp_path}/state.db"))
+    batches = await open_batches(doors.frontend, BatchSection(state_url=state_url))
     async with open_doors(doors, batches=batches), client_of(doors, keys["red"]) as red:
         data = lines(2).replace(b'"toy"', json.dumps(doors.frontend.model.name).encode())
         file = await red.files.create(file=("in.jsonl", io.BytesIO(data)), purpose="batch")
@@ -139,29 +136,3 @@ async def test_a_tenant_sees_its_own(tmp_path, capsys) -> None:
                 with pytest.raises(openai.NotFoundError):
                     await call
     await batches.stop()
-
-
-@pytest.mark.parametrize(
-    "url", ["sqlite://state.db", "postgresql://host/db", "state.db", "sqlite:///", "sqlite:///a?b=c"]
-)
-def test_state_urls_that_are_refused(url) -> None:
-    with pytest.raises(ConfigError, match=r"batch\.state_url"):
-        path_of(url)
-
-
-def test_state_urls(tmp_path) -> None:
-    assert path_of(f"sqlite:///{tmp_path}/a b.db") == tmp_path / "a b.db"
-    assert path_of(url_of(tmp_path / "50% #1.db")) == tmp_path / "50% #1.db"
-    assert not path_of("sqlite:///state.db").is_absolute()
-
-
-def test_a_state_belongs_to_one_server(tmp_path) -> None:
-    path = tmp_path / "state.db"
-    first = Database(path)
-    with pytest.raises(ConfigError, match="another server uses it"):
-        Database(path, lock_timeout_s=0.2)
-    first.close()
-    Database(path).close()
-    (tmp_path / "text.db").write_text("not a database, but long enough to be looked at " * 30)
-    with pytest.raises(ConfigError, match="cannot be used"):
-        Database(tmp_path / "text.db")

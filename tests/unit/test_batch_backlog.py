@@ -9,6 +9,7 @@ from typing import Any
 
 from gateway.batch.database import Database
 from gateway.batch.service import BatchService
+from gateway.batch.sqlite import SqliteState
 from gateway.batch.worker import ASSUMED_LINE_TOKENS
 
 
@@ -24,7 +25,7 @@ async def test_lines_that_wait_count_as_long_as_those_that_ended(tmp_path: Path)
         return {"usage": {"prompt_tokens": await free.get(), "completion_tokens": 0}}
 
     service = BatchService(
-        Database(tmp_path / "state.db"), answer, max_concurrency=2, max_lines=100, max_file_bytes=1 << 20
+        Database(SqliteState(tmp_path / "state.db")), answer, max_concurrency=2, max_lines=100, max_file_bytes=1 << 20
     )
     await service.start()
 

@@ -9,13 +9,14 @@ PROGRAM = """
 import asyncio, resource, sys
 from pathlib import Path
 from gateway.batch.database import Database
+from gateway.batch.sqlite import SqliteState
 from stageline.errors import StagelineError
 
 def put(size):
     return lambda c: c.execute("INSERT INTO notes VALUES (zeroblob(?))", (size,))
 
 async def main():
-    database = Database(Path(sys.argv[1]))
+    database = Database(SqliteState(Path(sys.argv[1])))
     await database.write(lambda c: c.execute("CREATE TABLE notes (note BLOB)"))
     await database.write(put(10))
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
@@ -25,7 +26,7 @@ async def main():
         print(error.code, error.reason)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     await database.write(put(2_000_000))
-    print(*await database.read(lambda c: [row[0] for row in c.execute("SELECT length(note) FROM notes")]))
+    print(*await database.read(lambda c: [row["size"] for row in c.execute("SELECT length(note) AS size FROM notes")]))
     database.close()
 
 asyncio.run(main())
