@@ -28,7 +28,7 @@ FROM base AS cpu
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     wheel=$(echo /wheels/*.whl) \
-    && pip install --no-cache-dir --extra-index-url "${TORCH_CPU_INDEX}" "${wheel}[dataset,gcs,s3]"
+    && pip install --no-cache-dir --extra-index-url "${TORCH_CPU_INDEX}" "${wheel}[dataset,gcs,postgres,s3]"
 USER 1000:100
 WORKDIR /home/ray
 
