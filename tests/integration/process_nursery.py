@@ -182,6 +182,7 @@ async def gateway(
     fingerprint: str | None = None,
     drain_s: float = 5.0,
     wait_ready: bool = True,
+    grpc_port: int = 0,
 ) -> None:
     """Both doors over an engine, until killed; after SIGTERM it drains and ends."""
     import uvicorn
@@ -213,7 +214,7 @@ async def gateway(
     if wait_ready:
         await asyncio.wait_for(engine.wait_ready(), 60)
     frontend = Frontend(engine, tokenizer, None, info)
-    grpc_server = await serve_grpc(frontend, "127.0.0.1", 0, write_timeout_s=write_timeout_s)
+    grpc_server = await serve_grpc(frontend, "127.0.0.1", grpc_port, write_timeout_s=write_timeout_s)
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     if send_buffer_bytes:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
