@@ -14,7 +14,7 @@ from gateway.autoscale.policy import Demand
 from gateway.engine.choice import ChoiceState
 from gateway.engine.deltas import Deltas, Unread
 from gateway.engine.invariants import EngineState, find_leaks
-from gateway.engine.keeper import Keeper
+from gateway.engine.keeper import Keeper, pipelines_taken
 from gateway.engine.lane import Lane, deadline_exceeded
 from gateway.engine.settings import EngineSettings
 from gateway.engine.status import pipeline_status
@@ -263,6 +263,8 @@ class Engine:
             if self._stopping:
                 raise _stopping()
             usable = self._usable()
+            if self._keeper.all_taken():
+                raise pipelines_taken()
             if not usable:
                 self._check_unplaced(1)
             elif all(lane.full for lane in usable):
@@ -299,6 +301,8 @@ class Engine:
                     raise _stopping()
                 if deadline_s is not None and deadline_s <= time.monotonic():
                     raise deadline_exceeded()
+                if self._keeper.all_taken():
+                    raise pipelines_taken()
                 if usable := self._usable():
                     if len(usable) == 1:
                         return usable[0]

@@ -17,6 +17,7 @@ from gateway.engine.choice import ChoiceState
 from gateway.engine.deltas import Deltas
 from gateway.engine.drain import Action, Situation, choose, reopen_wait_s, stays
 from gateway.engine.lane import Lane
+from gateway.engine.ownership import Ownership
 from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings
 from gateway.engine.status import replica_status
@@ -73,6 +74,7 @@ class Keeper:
         self._owner_id = new_owner_id()
         self._lane_numbers = itertools.count()
         self._suspects: dict[str, _Suspect] = {}  # by incarnation
+        self._ownership = Ownership(settings.lease_s)
         self._drain_ends: dict[str, float] = {}  # incarnation → when it stops, on the monotonic clock
         self._patient_until_s = 0.0
         self._stopped = False
@@ -106,6 +108,14 @@ class Keeper:
         self.changed.set()
         self.changed = asyncio.Event()
 
+    def all_taken(self) -> bool:
+        """Whether there is no pipeline here because other gateways have all stages that live."""
+        if any(lane.pipeline is not None for lane in self.lanes):
+            return False
+        lost = {name for name, suspect in self._suspects.items() if suspect.lost}
+        bound = {record.incarnation for record in self._registry.replicas() if record.end_layer > 0}
+        return self._ownership.all_taken(bound - lost, time.monotonic())
+
     def spares(self) -> tuple[ReplicaStatus, ...]:
         """Replicas in no pipeline."""
         return tuple(replica_status(record, "spare") for record in self._free(None))
@@ -121,6 +131,7 @@ class Keeper:
         known |= {stage.incarnation for lane in self.lanes for stage in lane.stages}  # Serve lists none that drains
         self._suspects = {name: suspect for name, suspect in self._suspects.items() if name in known}
         self._drain_ends = {name: end for name, end in self._drain_ends.items() if name in known}
+        self._ownership.forget_all_but(known)
         waiting = sum(not lane.stages for lane in self.lanes)
         chains, _ = chain(self._free(None), self._fingerprint)
         for _ in range(min(len(chains) - waiting, self._num_allowed() - len(self.lanes))):
@@ -211,6 +222,9 @@ class Keeper:
                     )
                 )
             await self._note_suspects(stages)
+            if self.all_taken():
+                for each in self.lanes:
+                    each.fail_all(pipelines_taken())
             lane.stages = ()
             self.notify()
             # A change of membership ends the wait, unless pipelines that were opened broke at once.
@@ -384,7 +398,13 @@ class Keeper:
                 or answer.busy_s > min(SUSPECT_S, self._settings.stall_timeout_s)
             )
             taken = not isinstance(answer, BaseException) and answer.owner_id not in ("", self._owner_id)
+            self._ownership.saw(stage.incarnation, taken=taken, now_s=time.monotonic())
             if lost or taken:
                 before = self._suspects.get(stage.incarnation, _Suspect(until_s=0.0, lost=False))
                 until_s = max(time.monotonic() + SUSPECT_S, before.until_s)
                 self._suspects[stage.incarnation] = _Suspect(until_s=until_s, lost=lost or before.lost)
+
+
+def pipelines_taken() -> UnavailableError:
+    """For requests that would wait in vain."""
+    return UnavailableError("PIPELINES_TAKEN", "other gateways have all pipelines; retry at one of them")

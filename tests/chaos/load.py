@@ -53,7 +53,9 @@ class Load:
     num_tokens: int = 0
     num_ended: int = 0
     last_token_s: float = 0.0
-    longest_pause_s: float = 0.0  # of any stream, since `mark`: from one token to the next, or from the call to the first
+    longest_pause_s: float = (
+        0.0  # of any stream, since `mark`: from one token to the next, or from the call to the first
+    )
     live: dict[int, int] = field(default_factory=dict)  # tokens of each running stream, prompt included
     _seen_s: dict[int, float] = field(default_factory=dict)  # when each thread's stream had its last token
     _lock: threading.Lock = field(default_factory=threading.Lock)
