@@ -18,7 +18,7 @@ import grpc
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.chaos.cancels import ModelStages
-from tests.chaos.load import Load, make_requests
+from tests.chaos.load import REQUEST_TIMEOUT_S, Load, make_requests
 from tests.chaos.ray_processes import until
 from tests.ports import free_ports
 
@@ -82,7 +82,12 @@ def two_gateways(*, model: str, seed: int, rounds: int, streams: int, num_tokens
         for one in both:
             stack.callback(one.close)
         gateways = Gateways(children, [stage for one in both for stage in one.running], model)
-        load = Load(gateways.addresses, make_requests(rng, streams, num_tokens, config["vocab_size"]), resuming=True)
+        load = Load(
+            gateways.addresses,
+            make_requests(rng, streams, num_tokens, config["vocab_size"]),
+            resuming=True,
+            timeout_s=REQUEST_TIMEOUT_S,
+        )
         load.learn(streams)
         undisturbed, load.num_tokens, began_s = load.num_tokens, 0, time.monotonic()
         try:

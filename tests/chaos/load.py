@@ -17,7 +17,7 @@ from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
-REQUEST_TIMEOUT_S = 1800.0
+REQUEST_TIMEOUT_S = 300.0  # of a scenario that takes two minutes: who waits for so long was forgotten
 ON_ITS_WAY_S = 0.5  # what was computed before a loss has reached its client by then
 
 
@@ -48,6 +48,7 @@ class Load:
     addresses: Sequence[str]
     requests: Sequence[gen.Generation]
     resuming: bool = False
+    timeout_s: float = 1800.0  # of a request
     expected: dict[int, list[int]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     num_tokens: int = 0
@@ -85,8 +86,8 @@ class Load:
 
     def _call(self, generation: gen.Generation) -> Iterable[pb.StreamGenerateResponse]:
         if self._client is not None:
-            return self._client.stream_generate(generation, timeout_s=REQUEST_TIMEOUT_S)
-        return self.stub.StreamGenerate(pb.StreamGenerateRequest(generation=generation), timeout=REQUEST_TIMEOUT_S)
+            return self._client.stream_generate(generation, timeout_s=self.timeout_s)
+        return self.stub.StreamGenerate(pb.StreamGenerateRequest(generation=generation), timeout=self.timeout_s)
 
     def live_tokens(self) -> int:
         """Tokens of all running streams: what is computed again where all of them lose their pipeline."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 
@@ -22,6 +23,7 @@ from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceSt
 from tests.ports import free_ports
 
 APPLICATION = "stageline"
+NODE_START_S = 180.0
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -63,7 +65,8 @@ class Stage:
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """What a scenario runs on. `workers`: nodes beside the head that hold the stages, `stages_a_node` each (0: the head has
-    them all). `redis`: Ray's state lives in a Redis of ours. `disk_mib`: all that Ray writes goes to a disk of that size."""
+    them all). `redis`: Ray's state lives in a Redis of ours. `disk_mib`: all that Ray writes goes to a disk of that size.
+    `settings`: fields of the configuration; "{temp_dir}" in one is the folder that Ray writes to."""
 
     replicas: int = 2
     workers: int = 0
@@ -146,7 +149,8 @@ class RayServe:
 
     def add_worker(self) -> Any:
         """A node for stages."""
-        return self.cluster.add_node(num_cpus=2 * self.shape.stages_a_node)
+        with _patience():
+            return self.cluster.add_node(num_cpus=2 * self.shape.stages_a_node, wait=False)
 
     def node_of(self, pid: int) -> Any:
         """The node whose raylet started the process."""
@@ -167,12 +171,12 @@ def ray_serve(model: str, shape: Shape, *, num_stages: int = 2, dtype: str = "fl
         "kv_cache": {"num_blocks": 512},
         "server": {"grpc_port": grpc_port},
     }
-    for name, value in shape.settings.items():
-        section, _, key = name.partition(".")
-        args.setdefault(section, {})[key] = value
     with contextlib.ExitStack() as stack:
         # Not the tests' folders: Ray's sockets lie in it, and a socket's path has 107 bytes at most.
         temp_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True)))
+        for name, value in shape.settings.items():
+            section, _, key = name.partition(".")
+            args.setdefault(section, {})[key] = value.format(temp_dir=temp_dir) if isinstance(value, str) else value
         if shape.disk_mib:
             stack.enter_context(_small_disk(temp_dir, shape.disk_mib))
         environment = {**ENVIRONMENT, "RAY_TMPDIR": str(temp_dir)}
@@ -187,8 +191,9 @@ def ray_serve(model: str, shape: Shape, *, num_stages: int = 2, dtype: str = "fl
         from ray.cluster_utils import Cluster
 
         head = 1 if shape.workers else 2 * shape.stages_a_node
-        options = {"num_cpus": head, "resources": {"head": 1}, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=options)
+        options = {"num_cpus": head, "resources": {"head": 1}, "include_dashboard": False, "wait": False}
+        with _patience():
+            cluster = Cluster(initialize_head=True, head_node_args=options)
         stack.callback(cluster.shutdown)
         running = RayServe(cluster, shape, args, temp_dir)
         for _ in range(shape.workers):
@@ -200,6 +205,27 @@ def ray_serve(model: str, shape: Shape, *, num_stages: int = 2, dtype: str = "fl
         running.deploy()
         until(running.whole, "the application", 180.0)
         yield running
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Ray gives a node 30 s to start, which is too little on a busy machine."""
+    from ray._private import services
+
+    ask = services.get_node
+
+    def ask_patiently(*args: Any) -> Any:
+        end_s = time.monotonic() + NODE_START_S
+        while True:
+            try:
+                return ask(*args)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > end_s:
+                    raise
+                time.sleep(0.2)
+
+    with mock.patch.object(services, "get_node", ask_patiently):
+        yield
 
 
 @contextlib.contextmanager

@@ -23,12 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from stageline.inference.v1 import inference_service_pb2 as pb
-from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.chaos.gateways import two_gateways
-from tests.chaos.load import Load, make_requests
+from tests.chaos.load import REQUEST_TIMEOUT_S, Load, make_requests
 from tests.chaos.ray_processes import RayServe, Shape, Stage, alive, ray_serve, until
 
 MOVED_ON_TIMEOUT_S = 180.0
@@ -204,7 +201,7 @@ def gcs(run: Run) -> None:
 
 
 def full_disk(run: Run) -> None:
-    """The disk with all logs, ours and Ray's, is full; a stage is killed and started again on it."""
+    """The disk with all logs, Ray's and ours and the audit log, is full; a stage is killed and started again on it."""
     for _ in range(run.rounds):
         filler = run.serve.temp_dir / "filler"
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -235,6 +232,7 @@ def _until_replaced(run: Run, old: list[Stage], began_s: float, event: str) -> N
 
 
 TWO_PIPELINES = Shape(settings={"pipelines.lease_s": 3.0, "stages.drain_timeout_s": 8.0})
+NODES = Shape(workers=2, stages_a_node=2, redis=True, settings=TWO_PIPELINES.settings)
 SCENARIOS: dict[str, tuple[Callable[[Run], None], Shape]] = {
     "controller": (controller, TWO_PIPELINES),
     "every-stage": (every_stage, TWO_PIPELINES),
@@ -243,10 +241,13 @@ SCENARIOS: dict[str, tuple[Callable[[Run], None], Shape]] = {
     "scale-down": (scale_down, TWO_PIPELINES),
     "gateway": (gateway, TWO_PIPELINES),
     "delay": (delay, Shape(replicas=1, import_path=PROXIED, settings={"stages.shared_memory_bytes": 0})),
-    "drain": (drain, Shape(workers=2, stages_a_node=2, settings=TWO_PIPELINES.settings)),
-    "raylet": (raylet, Shape(workers=2, stages_a_node=2, settings=TWO_PIPELINES.settings)),
-    "gcs": (gcs, Shape(redis=True, settings=TWO_PIPELINES.settings)),
-    "full-disk": (full_disk, Shape(disk_mib=64, settings=TWO_PIPELINES.settings)),
+    "drain": (drain, NODES),
+    "raylet": (raylet, NODES),
+    "gcs": (gcs, NODES),
+    "full-disk": (
+        full_disk,
+        Shape(disk_mib=64, settings={**TWO_PIPELINES.settings, "security.audit_file": "{temp_dir}/audit.log"}),
+    ),
 }
 RESUMING = {"gateway"}  # scenarios whose clients need the library
 
@@ -260,7 +261,7 @@ def run_on_ray(
         for name in names:
             rng = random.Random(f"{name} {seed}")
             requests = make_requests(rng, streams, num_tokens, vocab_size)
-            load = Load([serve.address], requests, resuming=name in RESUMING)
+            load = Load([serve.address], requests, resuming=name in RESUMING, timeout_s=REQUEST_TIMEOUT_S)
             load.learn(streams)
             undisturbed, load.num_tokens, began_s = load.num_tokens, 0, time.monotonic()
             try:
