@@ -368,7 +368,7 @@ def main() -> int:
                 model=args.model,
                 max_context_tokens=1024,
             )
-            load = Load(gateway["grpc"], gateway["http"], config["vocab_size"], 60, 16, rng)
+            load = Load(gateway["grpc"], gateway["http"], config["vocab_size"], 32, 12, rng)
         summary = asyncio.run(
             run(load, cancels=args.cancels, parallel=args.parallel, witnesses=args.witnesses, kill=stages.kill,
                 kills=args.kills)

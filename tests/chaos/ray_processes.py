@@ -24,6 +24,7 @@ from tests.ports import free_ports
 
 APPLICATION = "stageline"
 NODE_START_S = 180.0
+START_TIMEOUT_S = 600.0
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -86,7 +87,7 @@ class RayServe:
         self.address = f"127.0.0.1:{args['server']['grpc_port']}"
         self.stub = InferenceServiceStub(grpc.insecure_channel(self.address))
         self._changes: dict[str, dict[str, Any]] = {}
-        self._actor_options = {"num_cpus": 1.0 if shape.workers else 0.1}
+        self._actor_options = {"num_cpus": 2.0 if shape.workers else 0.1}  # 2: not on the head
 
     def deploy(self, **stage_changes: Any) -> None:
         """Declare the application, as `serve deploy` does with a file; `stage_changes` hold for every stage from now on.
@@ -150,7 +151,7 @@ class RayServe:
     def add_worker(self) -> Any:
         """A node for stages."""
         with _patience():
-            return self.cluster.add_node(num_cpus=2 * self.shape.stages_a_node, wait=False)
+            return self.cluster.add_node(num_cpus=2 * self.shape.stages_a_node + 1, wait=False)
 
     def node_of(self, pid: int) -> Any:
         """The node whose raylet started the process."""
@@ -203,7 +204,7 @@ def ray_serve(model: str, shape: Shape, *, num_stages: int = 2, dtype: str = "fl
         serve.start(http_options={"host": "127.0.0.1", "port": http_port})
         stack.callback(serve.shutdown)
         running.deploy()
-        until(running.whole, "the application", 180.0)
+        until(running.whole, "the application", START_TIMEOUT_S)
         yield running
 
 
