@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "RAY_COLOR_PREFIX": "0",
     # What Ray allows itself is too little where everything shares two cores.
     "RAY_worker_register_timeout_seconds": "180",
+    "RAY_agent_register_timeout_ms": "180000",
 }
 
 
