@@ -201,7 +201,7 @@ def gcs(run: Run) -> None:
 
 
 def full_disk(run: Run) -> None:
-    """The disk with all logs, Ray's and ours and the audit log, is full; a stage is killed and started again on it."""
+    """The disk with all logs, Ray's and ours and the audit log, is full while a stage is killed; it is started again once there is room."""
     for _ in range(run.rounds):
         filler = run.serve.temp_dir / "filler"
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -212,8 +212,8 @@ def full_disk(run: Run) -> None:
             raise RuntimeError(f"{free} blocks are free")
         victim = run.rng.choice(run.serve.stages())
         run.harm("killed on a full disk", [victim], lambda victim=victim: kill([victim]))
+        filler.unlink()  # until then Ray starts no process: each has to write files of its own
         run.whole({victim.pid})
-        filler.unlink()
 
 
 def _until_replaced(run: Run, old: list[Stage], began_s: float, event: str) -> None:
