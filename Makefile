@@ -39,10 +39,17 @@ bench: setup
 autoscale: setup
 	$(BIN)/python -m benchmarks.autoscale
 
+# Stages killed at random; with SCENARIO="rolling drain …" (or all) that instead.
 KILLS ?= 20
 SEED ?= 1
+ROUNDS ?= 2
+SCENARIO ?=
 chaos: setup
+ifeq ($(SCENARIO),)
 	$(BIN)/python -m tests.chaos.kills --kills $(KILLS) --seed $(SEED)
+else
+	$(BIN)/python -m tests.chaos.scenarios $(filter-out all,$(SCENARIO)) --rounds $(ROUNDS) --seed $(SEED)
+endif
 
 CANCELS ?= 10000
 cancels: setup

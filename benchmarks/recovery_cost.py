@@ -50,7 +50,7 @@ class Part:
 
     def __exit__(self, *_: object) -> None:
         # The second SIGTERM ends a stage that still waits for its gateway to let go.
-        for _ in range(2):
+        for _attempt in range(2):
             self._process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
         self._process.wait(timeout=60)
@@ -77,7 +77,7 @@ async def rate(address: str, processes: list[psutil.Process], shape: Shape) -> t
         spent_s = cpu_s() - before_s
     if found["decode_tokens_per_s"] is None:
         raise SystemExit("the streams did not decode at the same time: nothing was measured")
-    return found["decode_tokens_per_s"], 1000 * spent_s / (STREAMS * shape.new_tokens)
+    return float(found["decode_tokens_per_s"]), 1000 * spent_s / (STREAMS * shape.new_tokens)
 
 
 def turn(args: argparse.Namespace, switch: str) -> tuple[float, float]:

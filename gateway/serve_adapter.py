@@ -129,7 +129,12 @@ def start_reports(application: str) -> list[Mapping[str, Any]]:
 
 
 def log_to_stderr() -> None:
-    """Our log lines go to the process's own stderr, which Ray carries to the driver: Serve may redirect sys.stderr."""
+    """Our log lines go to the process's own stderr, which Ray carries to the driver: Serve may redirect sys.stderr.
+
+    From then on a line that cannot be written is lost. Python would say so on sys.stderr, which Serve writes to its own log: on a full
+    disk that fails too, and so on until a RecursionError ends the request whose line it was.
+    """
+    logging.raiseExceptions = False
     handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("stageline", "stages"):

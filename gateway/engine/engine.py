@@ -16,6 +16,7 @@ from gateway.engine.deltas import Deltas, Unread
 from gateway.engine.invariants import EngineState, find_leaks
 from gateway.engine.keeper import Keeper
 from gateway.engine.lane import Lane, deadline_exceeded
+from gateway.engine.ownership import pipelines_taken
 from gateway.engine.settings import EngineSettings
 from gateway.engine.status import pipeline_status
 from gateway.engine.superseded import ModelWatch
@@ -298,6 +299,8 @@ class Engine:
             raise _stopping()
         if self._model_watch.superseded:
             raise self._model_watch.error()
+        if self._keeper.all_taken():
+            raise pipelines_taken()
 
     def _usable(self) -> list[Lane]:
         return [lane for lane in self._keeper.lanes if lane.state in ("ready", "recovering")]

@@ -16,6 +16,7 @@ from gateway.engine.choice import ChoiceState
 from gateway.engine.deltas import Deltas
 from gateway.engine.drain import Action, Situation, choose, reopen_wait_s, stays
 from gateway.engine.lane import Lane
+from gateway.engine.ownership import pipelines_taken
 from gateway.engine.poison import Restarts, StageProgress
 from gateway.engine.settings import EngineSettings
 from gateway.engine.status import replica_status
@@ -67,8 +68,9 @@ class Keeper:
         self._stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._suspects = Suspects(
-            owner_id=self._owner_id, busy_s=settings.stall_timeout_s, access=settings.stage_access
-        )
+            owner_id=self._owner_id, busy_s=settings.stall_timeout_s, lease_s=settings.lease_s,
+            access=settings.stage_access,
+        )  # fmt: skip
         self._binder = Binder(
             registry, owner_id=self._owner_id, lease_s=settings.lease_s, access=settings.stage_access,
             on_change=self._on_membership,
@@ -97,6 +99,12 @@ class Keeper:
         """Wake whoever waits for `changed`."""
         self.changed.set()
         self.changed = asyncio.Event()
+
+    def all_taken(self) -> bool:
+        """Whether there is no pipeline here because other gateways have all stages that live."""
+        if any(lane.pipeline is not None for lane in self.lanes):
+            return False
+        return self._suspects.all_taken(self._registry.replicas())
 
     def spares(self) -> tuple[ReplicaStatus, ...]:
         """Replicas in no pipeline."""
@@ -230,6 +238,9 @@ class Keeper:
                 lost_s, missed, bound = time.monotonic(), False, False
                 drained = any(self._suspects.stops_at_s(stage.incarnation) is not None for stage in stages)
             await self._suspects.note(stages)
+            if self.all_taken():
+                for each in self.lanes:
+                    each.fail_all(pipelines_taken())
             lane.stages = ()
             self.notify()
             # A change of membership ends the wait, unless pipelines that were opened broke at once.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from gateway.engine.ownership import Ownership
 from gateway.pipelines.discovery import ReplicaRecord, describe
 from gateway.pipelines.form import Chain
 from stageline.stage.v1 import stage_service_pb2 as pb
@@ -27,10 +28,11 @@ class _Suspect:
 
 
 class Suspects:
-    """By incarnation. `owner_id` is this gateway's; `busy_s` in one kernel, a replica hangs."""
+    """By incarnation. `owner_id` is this gateway's; `busy_s` in one kernel, a replica hangs. `lease_s`: see Ownership."""
 
-    def __init__(self, *, owner_id: str, busy_s: float, access: StageAccess) -> None:
+    def __init__(self, *, owner_id: str, busy_s: float, lease_s: float, access: StageAccess) -> None:
         self._owner_id, self._busy_s, self._access = owner_id, min(SUSPECT_S, busy_s), access
+        self._ownership = Ownership(lease_s)
         self._suspects: dict[str, _Suspect] = {}
         self._drain_ends: dict[str, float] = {}  # when it stops, on the monotonic clock
 
@@ -38,6 +40,7 @@ class Suspects:
         """Others are gone."""
         self._suspects = {name: suspect for name, suspect in self._suspects.items() if name in incarnations}
         self._drain_ends = {name: end for name, end in self._drain_ends.items() if name in incarnations}
+        self._ownership.forget_all_but(incarnations)
 
     def drains(self, incarnation: str, remaining_s: float) -> None:
         """It said that it is about to stop."""
@@ -63,6 +66,11 @@ class Suspects:
         lost = {name for name, suspect in self._suspects.items() if suspect.lost}
         return [record for record in records if record.incarnation not in lost]
 
+    def all_taken(self, records: Iterable[ReplicaRecord]) -> bool:
+        """Whether other gateways have all stages that live; see Ownership."""
+        living = [record.incarnation for record in self.not_lost(records) if record.end_layer > 0]
+        return self._ownership.all_taken(living, time.monotonic())
+
     async def note(self, stages: Chain) -> None:
         """Ask each stage of a broken pipeline whether it could be claimed again."""
         answers = await asyncio.gather(
@@ -76,6 +84,7 @@ class Suspects:
                 or answer.busy_s > self._busy_s
             )
             taken = not isinstance(answer, BaseException) and answer.owner_id not in ("", self._owner_id)
+            self._ownership.saw(stage.incarnation, taken=taken, now_s=time.monotonic())
             if lost or taken:
                 before = self._suspects.get(stage.incarnation, _Suspect(until_s=0.0, lost=False))
                 until_s = max(time.monotonic() + SUSPECT_S, before.until_s)

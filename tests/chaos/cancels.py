@@ -287,8 +287,8 @@ class ToyStages:
 class ModelStages:
     """Two stages of a checkpoint, as `python -m stages`."""
 
-    def __init__(self, model: str, num_layers: int, rng: random.Random) -> None:
-        self._model, self._rng, self._lock = model, rng, threading.Lock()
+    def __init__(self, model: str, num_layers: int, rng: random.Random, dtype: str) -> None:
+        self._model, self._rng, self._dtype, self._lock = model, rng, dtype, threading.Lock()
         cut = num_layers // 2
         self._layers = (f"0-{cut}", f"{cut}-{num_layers}")
         self._processes = [self._start(layers, _free_port()) for layers in self._layers]
@@ -309,7 +309,7 @@ class ModelStages:
 
     def _start(self, layers: str, port: int) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "stages", "--model", self._model, "--layers", layers, "--port", str(port),
-                   "--batch-invariant", "--num-blocks", "256", "--num-threads", "1"]  # fmt: skip
+                   "--dtype", self._dtype, "--batch-invariant", "--num-blocks", "256", "--num-threads", "1"]  # fmt: skip
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def _ready(self, process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -347,6 +347,7 @@ def main() -> int:
     """Exit code 0 where nothing leaked, stalled or differed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a checkpoint; default: the tests' toy")
+    parser.add_argument("--dtype", default="float32", help="of --model")
     parser.add_argument("--cancels", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--parallel", type=int, default=64)
@@ -359,7 +360,7 @@ def main() -> int:
         else:
             config = json.loads((Path(args.model) / "config.json").read_text())
             rng = random.Random(args.seed)
-            stages = ModelStages(args.model, config["num_hidden_layers"], rng)
+            stages = ModelStages(args.model, config["num_hidden_layers"], rng, args.dtype)
             stack.callback(stages.close)
             gateway = children.gateway(
                 stages.running,
@@ -367,7 +368,7 @@ def main() -> int:
                 model=args.model,
                 max_context_tokens=1024,
             )
-            load = Load(gateway["grpc"], gateway["http"], config["vocab_size"], 60, 16, rng)
+            load = Load(gateway["grpc"], gateway["http"], config["vocab_size"], 32, 12, rng)
         summary = asyncio.run(
             run(load, cancels=args.cancels, parallel=args.parallel, witnesses=args.witnesses, kill=stages.kill,
                 kills=args.kills)

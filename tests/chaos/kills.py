@@ -17,15 +17,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import grpc
 
-from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tests.chaos.load import ON_ITS_WAY_S, Load, make_requests
 
 NEXT_TOKEN_TIMEOUT_S = 180.0
 
@@ -47,94 +47,6 @@ def serving(model: str, *flags: str) -> Iterator[str]:
         server.wait(timeout=120)
 
 
-def make_requests(rng: random.Random, count: int, num_tokens: int, vocab_size: int) -> list[gen.Generation]:
-    """Greedy and seeded requests; a third of the prompts share a long beginning, so that the prefix cache is hit."""
-    shared = [rng.randrange(1, vocab_size) for _ in range(70)]
-    requests = []
-    for index in range(count):
-        own = [rng.randrange(1, vocab_size) for _ in range(rng.randrange(1, 100))]
-        sampling = gen.SamplingParams(temperature=0)
-        if index % 2:
-            sampling = gen.SamplingParams(temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=rng.getrandbits(63))
-        requests.append(
-            gen.Generation(
-                token_ids=gen.TokenIds(ids=shared + own if index % 3 == 0 else own),
-                sampling=sampling,
-                stop=gen.StopConditions(max_tokens=num_tokens, ignore_eos=True),
-            )
-        )
-    return requests
-
-
-@dataclass
-class Load:
-    """Streams that run all the time, and what they have seen."""
-
-    address: str
-    requests: Sequence[gen.Generation]
-    expected: dict[int, list[int]] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-    num_tokens: int = 0
-    last_token_s: float = 0.0
-    live: dict[int, int] = field(default_factory=dict)  # tokens of each running stream, prompt included
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self.stub = InferenceServiceStub(grpc.insecure_channel(self.address))
-
-    def stream(self, index: int) -> list[int]:
-        """Run one request to its end."""
-        generation = self.requests[index]
-        tokens: list[int] = []
-        for response in self.stub.StreamGenerate(pb.StreamGenerateRequest(generation=generation), timeout=1800):
-            for delta in response.choices:
-                tokens += delta.token_ids
-                with self._lock:
-                    self.num_tokens += len(delta.token_ids)
-                    self.last_token_s = time.monotonic()
-                    self.live[threading.get_ident()] = len(generation.token_ids.ids) + len(tokens)
-        self.live.pop(threading.get_ident(), None)
-        return tokens
-
-    def learn(self, num_streams: int) -> None:
-        """The undisturbed answers."""
-        self._run(num_streams, range(len(self.requests)), self.expected.__setitem__)
-
-    def disturb(self, num_streams: int, over: threading.Event) -> None:
-        """Ask again and again until `over`; what differs from the undisturbed answer is a fault."""
-
-        def check(index: int, tokens: list[int]) -> None:
-            if tokens != self.expected[index]:
-                place = next((i for i, pair in enumerate(zip(tokens, self.expected[index], strict=False)) if pair[0] != pair[1]), "end")  # fmt: skip
-                self.faults.append(f"request {index}: {len(tokens)} tokens, the first difference at {place}")
-
-        self._run(num_streams, self._again(over), check)
-
-    def _again(self, over: threading.Event) -> Iterator[int]:
-        while not over.is_set():
-            yield from range(len(self.requests))
-
-    def _run(self, num_streams: int, indices, take) -> None:
-        work, lock = iter(indices), threading.Lock()
-
-        def worker() -> None:
-            while True:
-                with lock:
-                    index = next(work, None)
-                if index is None:
-                    return
-                try:
-                    take(index, self.stream(index))
-                except grpc.RpcError as error:
-                    self.faults.append(f"request {index}: {error.code()}: {error.details()}")
-
-        threads = [threading.Thread(target=worker) for _ in range(num_streams)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-
 @dataclass
 class Killer:
     """Kills a random stage at a random moment, `count` times; now and then two at once, or during the recovery."""
@@ -154,7 +66,7 @@ class Killer:
                 time.sleep(0.2)
                 continue
             chosen = self.rng.sample(victims, 2 if len(victims) > 1 and self.rng.random() < 0.1 else 1)
-            killed_s, recomputed = time.monotonic(), sum(self.load.live.values())
+            killed_s, recomputed = time.monotonic(), self.load.live_tokens()
             for _, _, pid in chosen:
                 os.kill(pid, signal.SIGKILL)
             if self.rng.random() < 0.15:  # once more while it recovers
@@ -183,8 +95,8 @@ class Killer:
         return [stage for stage in found if os.path.exists(f"/proc/{stage[2]}")]
 
     def until_next_token(self, killed_s: float) -> float:
-        """Seconds from the kill to a token that was computed after it: half a second drains what was on its way."""
-        time.sleep(0.5)
+        """Seconds from the kill to a token that was computed after it."""
+        time.sleep(ON_ITS_WAY_S)
         after_s = time.monotonic()
         while self.load.last_token_s < after_s:
             if time.monotonic() > killed_s + NEXT_TOKEN_TIMEOUT_S:
@@ -197,7 +109,7 @@ def run(address: str, *, seed: int, kills: int, streams: int, requests: int, num
     """Load, kills, comparison. The summary has `faults`, which must be empty."""
     rng = random.Random(seed)
     vocab_size = InferenceServiceStub(grpc.insecure_channel(address)).GetModel(pb.GetModelRequest()).vocab_size
-    load = Load(address, make_requests(rng, requests, num_tokens, vocab_size))
+    load = Load([address], make_requests(rng, requests, num_tokens, vocab_size))
     load.learn(streams)
     undisturbed, load.num_tokens = load.num_tokens, 0
     over, outcome = threading.Event(), queue.Queue[BaseException | None]()

@@ -188,6 +188,7 @@ async def gateway(
     fingerprint: str | None = None,
     drain_s: float = 5.0,
     wait_ready: bool = True,
+    grpc_port: int = 0,
 ) -> None:
     """Both doors over an engine, until killed; after SIGTERM it drains and ends."""
     from engine_helpers import FINGERPRINT, VOCAB_SIZE, byte_tokenizer
@@ -217,7 +218,7 @@ async def gateway(
     if wait_ready:
         await asyncio.wait_for(engine.wait_ready(), 60)
     frontend = Frontend(engine, tokenizer, None, info)
-    grpc_server = await serve_grpc(frontend, "127.0.0.1", 0, write_timeout_s=write_timeout_s)
+    grpc_server = await serve_grpc(frontend, "127.0.0.1", grpc_port, write_timeout_s=write_timeout_s)
     http_port, serving = await _serve_http(frontend, 0, send_buffer_bytes, write_timeout_s=write_timeout_s)
     _say(grpc=f"127.0.0.1:{grpc_server.port}", http=f"http://127.0.0.1:{http_port}")
     stop = asyncio.Event()

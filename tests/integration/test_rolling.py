@@ -215,3 +215,29 @@ async def test_a_gateway_whose_model_was_replaced_sends_its_clients_on(children)
         with pytest.raises(FailedPreconditionError) as begin_again:
             await both.generate(resumed, timeout_s=60)
     assert begin_again.value.reason == "MODEL_FINGERPRINT_MISMATCH"
+
+
+async def test_a_gateway_that_lost_its_pipelines_to_another_sends_its_clients_there(children) -> None:
+    """It stands still past its leases. Its streams would wait in vain for stages that the other one keeps."""
+    stages = [children.stage(*LAYERS[i], **STAGE) for i in range(2)]
+    first = children.gateway(stages, settings=SETTINGS)
+    second = children.gateway(stages, settings=SETTINGS, wait_ready=False)
+    addresses = [first["grpc"], second["grpc"]]
+    async with AsyncClient(addresses, backoff=QUICK) as client, AsyncClient(addresses[0], backoff=NO_RETRY) as stuck:
+        streams = Streams([client], max_tokens=100)
+        await streams.moved_on()
+        children.signal(first, signal.SIGSTOP)
+
+        async def taken_over() -> bool:
+            async with AsyncClient(addresses[1]) as other:
+                return [one.state for one in await pipelines(other)] == ["ready"]
+
+        await until(taken_over, 60)
+        children.signal(first, signal.SIGCONT)
+        await streams.moved_on()
+        await streams.finish()
+        assert streams.faults == []
+        generation = gen.Generation(token_ids=gen.TokenIds(ids=[1]), stop=gen.StopConditions(max_tokens=1))
+        with pytest.raises(StagelineError) as caught:
+            await stuck.generate(generation, timeout_s=20)
+        assert caught.value.reason == "PIPELINES_TAKEN"
