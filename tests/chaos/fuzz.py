@@ -265,7 +265,7 @@ async def witness(findings: Findings, address: str) -> None:
     """A client that does nothing wrong, until cancelled: each of its streams must be complete and right."""
     expected = expected_tokens(WITNESS, 8, num_stages=2)
     what = gen.Generation(token_ids=gen.TokenIds(ids=WITNESS), sampling=gen.SamplingParams(temperature=0.0))
-    what.stop.max_tokens = 8
+    what.stop.max_tokens, what.stop.ignore_eos = 8, True
     async with grpc.aio.insecure_channel(address) as channel:
         stub = InferenceServiceStub(channel)
         while True:

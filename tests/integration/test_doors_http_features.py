@@ -72,6 +72,22 @@ async def test_errors_have_the_name_in_header_message_and_log(web, client, doors
     assert "request r9: POST /v1/completions failed" in caplog.text
 
 
+async def test_a_failure_of_ours_before_the_engine_is_a_named_500_that_is_audited(web, doors, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="stageline.audit")
+
+    async def broken(*_, **__):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(doors.frontend, "accept", broken)
+    for _ in range(2):  # on one connection
+        answer = await web.post("/v1/completions", json={"prompt": "a"}, headers={"x-request-id": "r9"})
+        assert (answer.status_code, answer.headers["x-request-id"]) == (500, "r9")
+        assert "under request r9" in answer.json()["error"]["message"]
+        assert "secret" not in answer.text
+    line = json.loads(next(one.message for one in caplog.records if one.name == "stageline.audit"))
+    assert (line["request_id"], line["status"], line["reason"]) == ("r9", "500", "INTERNAL")
+
+
 @pytest.mark.parametrize("name", ["x" * 129, "a b", "é", ""])
 async def test_a_name_that_fits_no_log_line_is_refused(web, name):
     answer = await web.get("/v1/models", headers={"x-request-id": name.encode()})

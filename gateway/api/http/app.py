@@ -21,6 +21,7 @@ from gateway.api.http.body_limit import BodyLimit
 from gateway.api.http.chat_body import ChatBody
 from gateway.api.http.door import Door
 from gateway.api.http.errors import install
+from gateway.api.http.failures import Failures
 from gateway.api.http.merge import merged
 from gateway.api.http.request_ids import RequestIds
 from gateway.api.http.responses import AnswerResponse
@@ -46,6 +47,7 @@ def create_http_app(
     """
     app = FastAPI(title="Stageline", version=documents.VERSION, docs_url=None, redoc_url=None)
     uploads = {batches.UPLOAD_PATH: batches.MAX_UPLOAD_BYTES}
+    app.add_middleware(Failures)  # added first, so innermost
     app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES, larger=uploads)
     app.add_middleware(Traced, tracing_getter=lambda: frontend_getter().tracing)
     app.add_middleware(Door, doorkeeper_getter=lambda: frontend_getter().doorkeeper)
