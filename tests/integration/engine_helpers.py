@@ -179,7 +179,10 @@ class Cluster:
         """An engine over these stages, ready to serve. Without an end token there are no grammars."""
         self.engine = Engine(
             model=ModelInfo(
-                name="toy", fingerprint=FINGERPRINT, max_context_tokens=200, vocab_size=VOCAB_SIZE,
+                name="toy",
+                fingerprint=FINGERPRINT,
+                max_context_tokens=200,
+                vocab_size=VOCAB_SIZE,
                 eos_token_ids=eos_token_ids,
             ),  # fmt: skip
             tokenizer=byte_tokenizer(),
