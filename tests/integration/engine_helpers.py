@@ -184,7 +184,7 @@ class Cluster:
                 max_context_tokens=200,
                 vocab_size=VOCAB_SIZE,
                 eos_token_ids=eos_token_ids,
-            ),  # fmt: skip
+            ),
             tokenizer=byte_tokenizer(),
             registry=self.registry,
             settings=EngineSettings(
