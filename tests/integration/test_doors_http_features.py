@@ -352,3 +352,24 @@ async def test_unavailable_says_when_to_retry(web, doors):
     failing(errors.UnavailableError("NO_PIPELINE", "none"), 0)(doors.engine)
     answer = await web.post("/v1/completions", json={"prompt": "a"})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+async def test_allow_names_every_method_of_a_path(web):
+    for path, allowed in (("/v1/files", "GET, POST"), ("/v1/files/x", "DELETE, GET"), ("/v1/completions", "POST")):
+        answer = await web.request("OPTIONS", path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
+async def test_the_document_knows_what_is_not_served_and_where_a_key_goes(web):
+    document = (await web.get("/openapi.json")).json()
+    body = document["components"]["schemas"]["CompletionBody"]
+    assert body["additionalProperties"] is False
+    assert body["properties"]["suffix"]["enum"] == ["", None]
+    assert body["properties"]["model"]["enum"] == ["tiny", None]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            named = {one["name"] for one in operation["parameters"] if one["in"] == "header"}
+            assert "x-request-id" in named
+            assert ("x-request-timeout-s" in named) == path.endswith("completions")
+            assert bool(operation["security"]) == (path not in ("/healthz", "/readyz"))
+            assert {"400", "500"} <= set(operation["responses"])
