@@ -57,8 +57,10 @@ cancels: setup
 
 MESSAGES ?= 50000
 STRINGS ?= 10000
+EXAMPLES ?= 50
 fuzz: setup
 	$(BIN)/python -m tests.chaos.fuzz --messages $(MESSAGES) --strings $(STRINGS) --seed $(SEED)
+	$(BIN)/python -m tests.chaos.fuzz_openapi --max-examples $(EXAMPLES) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV)

@@ -68,7 +68,7 @@ async def rate(address: str, processes: list[psutil.Process], shape: Shape) -> t
     """Tokens a second while all streams decode, and CPU milliseconds a token of the whole run."""
 
     def cpu_s() -> float:
-        return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+        return float(sum(times.user + times.system for times in (process.cpu_times() for process in processes)))
 
     async with Generator(address, seed=time.monotonic_ns()) as load:
         await load.closed_loop([WARM] * STREAMS, STREAMS)

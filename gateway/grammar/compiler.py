@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,8 @@ from gateway.tokenizer import Tokenizer
 from stageline.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 
 CACHED_GRAMMARS = 64
+CACHED_COMPILE_S = 4.0
+"""CPU time that the cached grammars took to compile: about 130 MiB a second, and a hostile one takes a second."""
 COMPILE_TIMEOUT_S = 10.0
 MAX_COMPILING = 32
 MAX_THREADS = 8
@@ -33,8 +36,9 @@ LIMITS = LLParserLimits(
 class CompiledGrammar:
     """A grammar ready for any number of sequences."""
 
-    def __init__(self, matcher: LLMatcher, pool: ThreadPoolExecutor, vocab_size: int) -> None:
-        self._matcher, self._pool, self._vocab_size = matcher, pool, vocab_size
+    def __init__(self, matcher: LLMatcher, pool: ThreadPoolExecutor, vocab_size: int, compile_s: float) -> None:
+        """`compile_s`: CPU time that it took."""
+        self._matcher, self._pool, self._vocab_size, self.compile_s = matcher, pool, vocab_size, compile_s
 
     def start(self, token_ids: tuple[int, ...] = ()) -> RowMasks:
         """The masks of one sequence that has already `token_ids`; must be called on the event loop."""
@@ -49,7 +53,7 @@ class GrammarCompiler:
         self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="grammar")
         self._ll_tokenizer: asyncio.Future[LLTokenizer] | None = None
         self._cache: OrderedDict[tuple[str, str], CompiledGrammar] = OrderedDict()
-        self._compiling: dict[tuple[str, str], asyncio.Task[LLMatcher]] = {}
+        self._compiling: dict[tuple[str, str], asyncio.Task[tuple[LLMatcher, float]]] = {}
 
     async def compile(self, constraint: Constraint) -> CompiledGrammar:
         """Raises InvalidArgumentError for a grammar that cannot be read, exceeds its limits or allows nothing,
@@ -71,18 +75,22 @@ class GrammarCompiler:
             self._compiling[key].add_done_callback(lambda _: self._compiling.pop(key))
         work = self._compiling[key]
         try:
-            matcher = await asyncio.wait_for(asyncio.shield(work), COMPILE_TIMEOUT_S)
+            matcher, compile_s = await asyncio.wait_for(asyncio.shield(work), COMPILE_TIMEOUT_S)
         except TimeoutError:
             raise InvalidArgumentError(
                 "GRAMMAR_TOO_COMPLEX", f"{constraint.field} takes more than {COMPILE_TIMEOUT_S:g} s to compile",
                 field=constraint.field, limit_s=COMPILE_TIMEOUT_S,
             ) from None  # fmt: skip
-        grammar = self._cache[key] = CompiledGrammar(matcher, self._pool, self._vocab_size)
-        if len(self._cache) > CACHED_GRAMMARS:
-            self._cache.popitem(last=False)
+        grammar = self._cache[key] = CompiledGrammar(matcher, self._pool, self._vocab_size, compile_s)
+        self._evict()
         return grammar
 
-    async def _compile(self, constraint: Constraint) -> LLMatcher:
+    def _evict(self) -> None:
+        cached_s = sum(one.compile_s for one in self._cache.values())
+        while len(self._cache) > CACHED_GRAMMARS or cached_s > CACHED_COMPILE_S:
+            cached_s -= self._cache.popitem(last=False)[1].compile_s
+
+    async def _compile(self, constraint: Constraint) -> tuple[LLMatcher, float]:
         loop = asyncio.get_running_loop()
         if self._ll_tokenizer is None:
             self._ll_tokenizer = loop.run_in_executor(self._pool, self._make_tokenizer)
@@ -93,7 +101,9 @@ class GrammarCompiler:
         return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=list(self._eos_token_ids))
 
 
-def _compile(constraint: Constraint, ll_tokenizer: LLTokenizer) -> LLMatcher:
+def _compile(constraint: Constraint, ll_tokenizer: LLTokenizer) -> tuple[LLMatcher, float]:
+    """And the CPU time that it took, in seconds."""
+    started_s = time.thread_time()
     try:
         grammar = constraint.to_grammar(ll_tokenizer)
     except (ValueError, RecursionError) as error:
@@ -103,7 +113,7 @@ def _compile(constraint: Constraint, ll_tokenizer: LLTokenizer) -> LLMatcher:
         matcher.compute_bitmask()  # some faults and limits show only here; and the first mask is the dearest
     if matcher.is_error():
         raise _invalid(constraint, matcher.get_error())
-    return matcher
+    return matcher, time.thread_time() - started_s
 
 
 def _invalid(constraint: Constraint, fault: str) -> InvalidArgumentError:

@@ -265,7 +265,7 @@ async def witness(findings: Findings, address: str) -> None:
     """A client that does nothing wrong, until cancelled: each of its streams must be complete and right."""
     expected = expected_tokens(WITNESS, 8, num_stages=2)
     what = gen.Generation(token_ids=gen.TokenIds(ids=WITNESS), sampling=gen.SamplingParams(temperature=0.0))
-    what.stop.max_tokens = 8
+    what.stop.max_tokens, what.stop.ignore_eos = 8, True
     async with grpc.aio.insecure_channel(address) as channel:
         stub = InferenceServiceStub(channel)
         while True:
@@ -285,10 +285,10 @@ async def witness(findings: Findings, address: str) -> None:
 
 
 async def run(
-    messages: int, strings: int, seed: int, parts: Sequence[str] = PARTS, minutes: float = math.inf
+    messages: int, strings: int, seed: int, parts: Sequence[str] = PARTS, minutes: float = math.inf, rounds: int = 1
 ) -> dict[str, Any]:
-    """All of it, or some parts; what came out."""
-    started_s, held_s = time.monotonic(), 0.0
+    """All of it, or some parts; what came out. `rounds`: how often the one gateway gets the same again."""
+    started_s, held_s, grown, kept = time.monotonic(), 0.0, [], 0.0
     findings = Findings(ends_s=started_s + 60 * minutes)
     if "stage" in parts:
         await fuzz_stage(findings, messages // 2, seed)
@@ -299,14 +299,15 @@ async def run(
         await asyncio.sleep(1.0)
         before = memory().rss
         try:
-            if "inference" in parts:
-                await fuzz_inference(findings, grpc_address, messages - messages // 2, random.Random(seed + 1))
-            if "strings" in parts:
-                await fuzz_strings(findings, grpc_address, url, strings, random.Random(seed + 2))
+            for _ in range(rounds):
+                if "inference" in parts:
+                    await fuzz_inference(findings, grpc_address, messages - messages // 2, random.Random(seed + 1))
+                if "strings" in parts:
+                    await fuzz_strings(findings, grpc_address, url, strings, random.Random(seed + 2))
+                grown.append(0 if process.returncode is not None else memory().rss - before)
         finally:
             other.cancel()
             await asyncio.gather(other, return_exceptions=True)
-        grown = 0 if process.returncode is not None else memory().rss - before
         if process.returncode is not None:
             findings.fault(f"the gateway died with code {process.returncode}")
         else:
@@ -322,14 +323,15 @@ async def run(
                 if found != [wanted]:
                     findings.fault(f"after it all {name} is {found}, expected {wanted}")
             process.stdin.close()
-            held_s = float(await asyncio.wait_for(process.stdout.readline(), 60))
+            said = (await asyncio.wait_for(process.stdout.readline(), 60)).split()
+            held_s, kept = float(said[0]), int(said[1]) - before
     return {
         "parts": list(parts), "longest_hold_of_the_loop_cpu_s": held_s,
         "messages": messages, "strings": strings, "seed": seed, "vocab_size": VOCAB_SIZE,
         "seconds": round(time.monotonic() - started_s, 1), "seconds_stage": round(stage_s, 1),
         "counts": {kind: dict(counter) for kind, counter in findings.counts.items()},
         "witness_streams": findings.witness_streams, "slowest_witness_s": round(findings.slowest_witness_s, 3),
-        "slowest_call_s": round(findings.slowest_call_s, 3), "memory_grown_mib": round(grown / 2**20, 1),
+        "slowest_call_s": round(findings.slowest_call_s, 3), "memory_grown_mib": [round(one / 2**20, 1) for one in grown], "memory_kept_mib": round(kept / 2**20, 1),
         "faults": findings.faults,
     }  # fmt: skip
 
@@ -341,9 +343,10 @@ def main() -> None:
     parser.add_argument("--strings", type=int, default=10_000)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, and say how much was done")
+    parser.add_argument("--rounds", type=int, default=1, help="the same again at the same gateway; memory after each")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    summary = asyncio.run(run(args.messages, args.strings, args.seed, args.parts, args.minutes))
+    summary = asyncio.run(run(args.messages, args.strings, args.seed, args.parts, args.minutes, args.rounds))
     print(json.dumps(summary, indent=2))
     sys.exit(1 if summary["faults"] else 0)
 

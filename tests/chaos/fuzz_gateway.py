@@ -1,20 +1,28 @@
-"""The server that fuzz.py throws at: both doors over toy stages, in a process of its own."""
+"""The server that fuzz.py throws at: both doors and batches over toy stages, in a process of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import gc
 import os
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 import doors_helpers
-from engine_helpers import NUM_LAYERS, Cluster, byte_tokenizer, until
+from engine_helpers import EOS, NUM_LAYERS, Cluster, byte_tokenizer, until
 
 from gateway.api.service import Frontend
+from gateway.batch.opening import open_batches
+from gateway.config import BatchSection
 from gateway.tokenizer import ChatTemplate
 
 
@@ -23,17 +31,28 @@ async def serve() -> None:
     cluster = Cluster()
     for start, end in ((0, 2), (2, NUM_LAYERS)):
         await cluster.add_stage(start, end, num_blocks=1024)
-    engine = await cluster.start()
+    engine = await cluster.start(eos_token_ids=(EOS,))
     await until(engine.ready)
     doors = doors_helpers.Doors()
     doors.frontend = Frontend(engine, byte_tokenizer(), ChatTemplate(doors_helpers.TEMPLATE), engine.model)
-    async with doors_helpers.open_doors(doors):
-        print(doors.grpc, doors.http, flush=True)
-        watching = asyncio.create_task(_longest_hold_s())
-        await asyncio.to_thread(sys.stdin.read)
-        watching.cancel()
-        print(round(_hold_s[0], 3), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        batches = await open_batches(doors.frontend, BatchSection(state_url=f"sqlite:///{folder}/state.db"))
+        async with doors_helpers.open_doors(doors, batches=batches):
+            print(doors.grpc, doors.http, flush=True)
+            watching = asyncio.create_task(_longest_hold_s())
+            await asyncio.to_thread(sys.stdin.read)
+            watching.cancel()
+            print(round(_hold_s[0], 3), _trimmed_bytes(), flush=True)
+        await batches.stop()
     await cluster.stop()
+
+
+def _trimmed_bytes() -> int:
+    """Resident memory once the allocator has given back what nothing uses: what is left is held by somebody."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return psutil.Process().memory_info().rss
 
 
 _hold_s = [0.0]

@@ -175,10 +175,16 @@ class Cluster:
         """Tell the registry what runs."""
         self.registry.set_replicas("test", [stage.record for stage in self.stages])
 
-    async def start(self, **settings) -> Engine:
-        """An engine over these stages, ready to serve."""
+    async def start(self, *, eos_token_ids: tuple[int, ...] = (), **settings) -> Engine:
+        """An engine over these stages, ready to serve. Without an end token there are no grammars."""
         self.engine = Engine(
-            model=ModelInfo(name="toy", fingerprint=FINGERPRINT, max_context_tokens=200, vocab_size=VOCAB_SIZE),
+            model=ModelInfo(
+                name="toy",
+                fingerprint=FINGERPRINT,
+                max_context_tokens=200,
+                vocab_size=VOCAB_SIZE,
+                eos_token_ids=eos_token_ids,
+            ),
             tokenizer=byte_tokenizer(),
             registry=self.registry,
             settings=EngineSettings(
@@ -201,6 +207,7 @@ def byte_tokenizer() -> Tokenizer:
     """256 byte tokens and one special token; the toy's ids are not their bytes, only their order in the alphabet."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.decoder = tokenizers.decoders.ByteLevel()  # llguidance reads the kind of vocabulary from it
     backend.add_special_tokens([tokenizers.AddedToken("<end>", special=True)])
     return Tokenizer(backend)
 

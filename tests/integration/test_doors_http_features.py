@@ -72,6 +72,22 @@ async def test_errors_have_the_name_in_header_message_and_log(web, client, doors
     assert "request r9: POST /v1/completions failed" in caplog.text
 
 
+async def test_a_failure_of_ours_before_the_engine_is_a_named_500_that_is_audited(web, doors, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="stageline.audit")
+
+    async def broken(*_, **__):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(doors.frontend, "accept", broken)
+    for _ in range(2):  # on one connection
+        answer = await web.post("/v1/completions", json={"prompt": "a"}, headers={"x-request-id": "r9"})
+        assert (answer.status_code, answer.headers["x-request-id"]) == (500, "r9")
+        assert "under request r9" in answer.json()["error"]["message"]
+        assert "secret" not in answer.text
+    line = json.loads(next(one.message for one in caplog.records if one.name == "stageline.audit"))
+    assert (line["request_id"], line["status"], line["reason"]) == ("r9", "500", "INTERNAL")
+
+
 @pytest.mark.parametrize("name", ["x" * 129, "a b", "é", ""])
 async def test_a_name_that_fits_no_log_line_is_refused(web, name):
     answer = await web.get("/v1/models", headers={"x-request-id": name.encode()})
@@ -336,3 +352,24 @@ async def test_unavailable_says_when_to_retry(web, doors):
     failing(errors.UnavailableError("NO_PIPELINE", "none"), 0)(doors.engine)
     answer = await web.post("/v1/completions", json={"prompt": "a"})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+async def test_allow_names_every_method_of_a_path(web):
+    for path, allowed in (("/v1/files", "GET, POST"), ("/v1/files/x", "DELETE, GET"), ("/v1/completions", "POST")):
+        answer = await web.request("OPTIONS", path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
+async def test_the_document_knows_what_is_not_served_and_where_a_key_goes(web):
+    document = (await web.get("/openapi.json")).json()
+    body = document["components"]["schemas"]["CompletionBody"]
+    assert body["additionalProperties"] is False
+    assert body["properties"]["suffix"]["enum"] == ["", None]
+    assert body["properties"]["model"]["enum"] == ["tiny", None]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            named = {one["name"] for one in operation["parameters"] if one["in"] == "header"}
+            assert "x-request-id" in named
+            assert ("x-request-timeout-s" in named) == path.endswith("completions")
+            assert bool(operation["security"]) == (path not in ("/healthz", "/readyz"))
+            assert {"400", "500"} <= set(operation["responses"])

@@ -14,14 +14,16 @@ from fastapi.responses import PlainTextResponse, Response
 
 from gateway.api import request_id
 from gateway.api.collect import Answer
-from gateway.api.http import batches, documents, tokenizer_api
+from gateway.api.http import batches, documents, openapi, tokenizer_api
 from gateway.api.http.answers import AnswerWriter, ChatWriter, CompletionWriter
 from gateway.api.http.bodies import CompletionBody
 from gateway.api.http.body_limit import BodyLimit
 from gateway.api.http.chat_body import ChatBody
 from gateway.api.http.door import Door
 from gateway.api.http.errors import install
+from gateway.api.http.failures import Failures
 from gateway.api.http.merge import merged
+from gateway.api.http.openapi import DEADLINE_HEADER
 from gateway.api.http.request_ids import RequestIds
 from gateway.api.http.responses import AnswerResponse
 from gateway.api.http.tracing import Traced
@@ -31,7 +33,6 @@ from gateway.metrics import CONTENT_TYPE as METRICS_TYPE
 from stageline.errors import InvalidArgumentError, NotFoundError
 
 MAX_BODY_BYTES = 16 * 2**20
-DEADLINE_HEADER = "x-request-timeout-s"
 
 
 def create_http_app(
@@ -44,8 +45,15 @@ def create_http_app(
 
     A response ends when a piece of it has waited `write_timeout_s` for its reader.
     """
-    app = FastAPI(title="Stageline", version=documents.VERSION, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Stageline",
+        version=openapi.VERSION,
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=openapi.operation_id,
+    )
     uploads = {batches.UPLOAD_PATH: batches.MAX_UPLOAD_BYTES}
+    app.add_middleware(Failures)  # added first, so innermost
     app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES, larger=uploads)
     app.add_middleware(Traced, tracing_getter=lambda: frontend_getter().tracing)
     app.add_middleware(Door, doorkeeper_getter=lambda: frontend_getter().doorkeeper)
@@ -54,21 +62,21 @@ def create_http_app(
     app.include_router(_generation(frontend_getter, write_timeout_s))
     app.include_router(tokenizer_api.router(frontend_getter))
     app.include_router(batches.router(batches_getter))
-    documents.install(app)
+    openapi.install(app, lambda: frontend_getter().model.name)
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses=openapi.probe_errors())
     async def healthz() -> documents.Status:
         """The process is alive."""
         return documents.Status(status="alive")
 
-    @app.get("/readyz", responses=documents.not_ready())
+    @app.get("/readyz", responses=openapi.not_ready())
     async def readyz(response: Response) -> documents.Status:
         """A pipeline can serve: 200, else 503."""
         ready = frontend_getter().engine.ready()
         response.status_code = 200 if ready else 503
         return documents.Status(status="ready" if ready else "not ready")
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=openapi.errors())
     async def metrics() -> Response:
         """Numbers in Prometheus' text format."""
         return Response(frontend_getter().engine.metrics.render(), media_type=METRICS_TYPE)
@@ -79,12 +87,12 @@ def create_http_app(
 def _generation(frontend_getter: Callable[[], Frontend], write_timeout_s: float) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v1/models", responses=documents.errors())
+    @router.get("/v1/models", responses=openapi.errors())
     async def models() -> documents.ModelList:
         """The one model."""
         return documents.ModelList(data=[_model(frontend_getter())])
 
-    @router.get("/v1/models/{model:path}", responses=documents.errors(404))
+    @router.get("/v1/models/{model:path}", responses=openapi.errors(404))
     async def retrieve_model(model: str) -> documents.Model:
         """The one model, by name."""
         frontend = frontend_getter()
@@ -95,7 +103,7 @@ def _generation(frontend_getter: Callable[[], Frontend], write_timeout_s: float)
             )  # fmt: skip
         return _model(frontend)
 
-    @router.post("/v1/completions", **documents.generation(documents.Completion, documents.CompletionChunk))
+    @router.post("/v1/completions", **openapi.generation(documents.Completion, documents.CompletionChunk))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one prompt or several."""
         writer = partial(
@@ -106,7 +114,7 @@ def _generation(frontend_getter: Callable[[], Frontend], write_timeout_s: float)
         )
         return await _answer(frontend_getter(), body, request, writer, "cmpl", write_timeout_s)
 
-    @router.post("/v1/chat/completions", **documents.generation(documents.ChatCompletion, documents.ChatChunk))
+    @router.post("/v1/chat/completions", **openapi.generation(documents.ChatCompletion, documents.ChatChunk))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         writer = partial(ChatWriter, num_prompt_logprobs=body.prompt_logprobs)
@@ -177,7 +185,7 @@ def _deadline_s(request: Request) -> float | None:
     if text is None:
         return None
     try:
-        seconds = float(text)
+        seconds = float(text) if "_" not in text else 0.0  # Python's 1_000 is no number elsewhere
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e9:

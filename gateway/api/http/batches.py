@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, Query, UploadFile
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.access.visit import tenant
-from gateway.api.http import documents
+from gateway.api.http import documents, openapi
+from gateway.batch.lines import ENDPOINTS
 from gateway.batch.plan import window_s
 from gateway.batch.records import UNLIMITED, batch_object, file_object
 from gateway.batch.service import BatchService
@@ -19,6 +20,13 @@ from stageline.errors import FailedPreconditionError, InvalidArgumentError
 UPLOAD_PATH = "/v1/files"
 MAX_UPLOAD_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 20
+CONTENT = {"description": "The file's bytes.", "content": {"application/jsonl": {"schema": {"type": "string"}}}}
+FILE_LINKS = openapi.linked("retrieve_file", "file_content", "delete_file", file_id="$response.body#/id")
+BATCH_LINKS = openapi.linked("retrieve_batch", "cancel_batch", batch_id="$response.body#/id")
+# Bounds for the OpenAPI document; the checks are below and in gateway.batch, with our own words.
+Purpose = Annotated[str, Form(json_schema_extra={"enum": ["batch"]})]
+Endpoint = Annotated[str, Field(json_schema_extra={"enum": list(ENDPOINTS)})]
+Window = Annotated[str, Field(json_schema_extra={"pattern": f"^([0-9]{{1,4}}h|{UNLIMITED})$"})]
 
 
 class BatchBody(BaseModel):
@@ -26,23 +34,15 @@ class BatchBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     input_file_id: str
-    endpoint: str
-    completion_window: str
+    endpoint: Endpoint
+    completion_window: Window
     metadata: dict[str, str] | None = None
-
-
-class Deleted(BaseModel):
-    """What is gone."""
-
-    id: str
-    object: Literal["file"] = "file"
-    deleted: bool = True
 
 
 def router(batches_getter: Callable[[], BatchService | None]) -> APIRouter:
     """The paths; without a batch service each of them says so."""
     api = APIRouter()
-    wrong = documents.errors(400, 404)
+    wrong = openapi.errors(404)
 
     def batches() -> BatchService:
         service = batches_getter()
@@ -52,8 +52,8 @@ def router(batches_getter: Callable[[], BatchService | None]) -> APIRouter:
             )
         return service
 
-    @api.post(UPLOAD_PATH, responses=documents.errors(400, 413))
-    async def upload(file: Annotated[UploadFile, File()], purpose: Annotated[str, Form()]) -> dict[str, Any]:
+    @api.post(UPLOAD_PATH, response_model=documents.FileObject, responses={**openapi.errors(413), **FILE_LINKS})
+    async def upload_file(file: Annotated[UploadFile, File()], purpose: Purpose) -> dict[str, Any]:
         """Upload the input of a batch."""
         if purpose != "batch":
             raise InvalidArgumentError(
@@ -65,32 +65,34 @@ def router(batches_getter: Callable[[], BatchService | None]) -> APIRouter:
             offset = await service.write_file(owner, file_id, offset, chunk)
         return file_object(await service.complete_file(owner, file_id))
 
-    @api.get("/v1/files", responses=documents.errors())
+    @api.get("/v1/files", response_model=documents.FileList, responses=openapi.errors())
     async def list_files() -> dict[str, Any]:
         """Uploaded files, the newest first."""
         data = [file_object(file) for file in await batches().list_files(tenant())]
         return {"object": "list", "data": data, "has_more": False}
 
-    @api.get("/v1/files/{file_id}", responses=wrong)
+    @api.get("/v1/files/{file_id}", response_model=documents.FileObject, responses=wrong)
     async def retrieve_file(file_id: str) -> dict[str, Any]:
         """One file."""
         return file_object(await batches().get_file(tenant(), file_id))
 
-    @api.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=wrong)
-    async def content(file_id: str) -> StreamingResponse:
+    @api.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses={200: CONTENT, **wrong})
+    async def file_content(file_id: str) -> StreamingResponse:
         """A file's bytes."""
         service, owner = batches(), tenant()
         await service.get_file(owner, file_id)  # an error has to come before the first byte
         return StreamingResponse(service.read_file(owner, file_id), media_type="application/jsonl")
 
     @api.delete("/v1/files/{file_id}", responses=wrong)
-    async def delete_file(file_id: str) -> Deleted:
+    async def delete_file(file_id: str) -> documents.Deleted:
         """Forget a file that no running batch needs."""
         await batches().delete_file(tenant(), file_id)
-        return Deleted(id=file_id)
+        return documents.Deleted(id=file_id)
 
-    @api.post("/v1/batches", responses=wrong)
-    async def create(body: BatchBody) -> JSONResponse:
+    @api.post(
+        "/v1/batches", response_model=documents.BatchObject, responses={**openapi.errors(404, 413), **BATCH_LINKS}
+    )
+    async def create_batch(body: BatchBody) -> dict[str, Any]:
         """Run a file."""
         window = None if body.completion_window == UNLIMITED else window_s(body.completion_window)
         if not body.endpoint:
@@ -98,9 +100,9 @@ def router(batches_getter: Callable[[], BatchService | None]) -> APIRouter:
         batch = await batches().create_batch(
             tenant(), body.input_file_id, endpoint=body.endpoint, window_s=window, metadata=body.metadata
         )
-        return JSONResponse(batch_object(batch))
+        return batch_object(batch)
 
-    @api.get("/v1/batches", responses=wrong)
+    @api.get("/v1/batches", response_model=documents.BatchList, responses=wrong)
     async def list_batches(after: str = "", limit: Annotated[int, Query(ge=1, le=100)] = 20) -> dict[str, Any]:
         """Batches, the newest first."""
         found, more = await batches().list_batches(tenant(), after, limit)
@@ -108,13 +110,13 @@ def router(batches_getter: Callable[[], BatchService | None]) -> APIRouter:
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return {"object": "list", "data": data, **ends, "has_more": more}
 
-    @api.get("/v1/batches/{batch_id}", responses=wrong)
-    async def retrieve(batch_id: str) -> dict[str, Any]:
+    @api.get("/v1/batches/{batch_id}", response_model=documents.BatchObject, responses=wrong)
+    async def retrieve_batch(batch_id: str) -> dict[str, Any]:
         """One batch, as it is now."""
         return batch_object(await batches().get_batch(tenant(), batch_id))
 
-    @api.post("/v1/batches/{batch_id}/cancel", responses=wrong)
-    async def cancel(batch_id: str) -> dict[str, Any]:
+    @api.post("/v1/batches/{batch_id}/cancel", response_model=documents.BatchObject, responses=wrong)
+    async def cancel_batch(batch_id: str) -> dict[str, Any]:
         """Stop a batch; results that are there stay."""
         return batch_object(await batches().cancel_batch(tenant(), batch_id))
 

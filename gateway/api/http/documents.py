@@ -1,34 +1,12 @@
-"""The OpenAPI document: what each path answers. The models describe; the writers build the objects themselves."""
+"""The OpenAPI document's models: what each path answers. They describe; the writers build the objects themselves."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Literal
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from gateway.api.request_id import HEADER
-
-try:
-    VERSION = version("stageline")
-except PackageNotFoundError:  # run from a checkout
-    VERSION = "0"
-
 FinishReason = Literal["stop", "length", "tool_calls"]
-
-STATUSES = {
-    400: "The request is wrong; `param` names the field.",
-    401: "No API key, or one that is not known or has expired.",
-    403: "This tenant may not do that.",
-    404: "No such model.",
-    413: "The body is too large.",
-    429: "The queue is full; come back after `retry-after` seconds.",
-    500: "Our own failure; the server's log has the cause under the request's id.",
-    503: "No pipeline can serve now.",
-    504: "The deadline passed.",
-}
 
 
 class Status(BaseModel):
@@ -245,59 +223,73 @@ class ChatChunk(_Envelope):
     usage: Usage | None = None
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """These statuses, and those of every path that needs a key, with OpenAI's error object."""
-    every = sorted({*statuses, 401, 429})
-    return {status: {"model": ErrorResponse, "description": STATUSES[status]} for status in every}
+class FileObject(BaseModel):
+    """An uploaded file, or one that a batch wrote. Times are seconds since the epoch."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    status: Literal["processed"]
+    expires_at: None
 
 
-def not_ready() -> dict[int | str, dict[str, Any]]:
-    """503 of /readyz."""
-    return {503: {"model": Status, "description": "No pipeline can serve now."}}
+class FileList(BaseModel):
+    """Files."""
+
+    object: Literal["list"]
+    data: list[FileObject]
+    has_more: Literal[False]
 
 
-def generation(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
-    """What a path that generates answers: one object, or with `stream` server-sent events that hold chunks."""
-    stream = {
-        "schema": {"type": "string", "description": f"`data: {chunk.__name__}` events, then `data: [DONE]`."},
-        "x-event-schema": {"$ref": f"#/components/schemas/{chunk.__name__}"},
-    }
-    return {
-        "response_model": None,
-        "responses": {
-            200: {"model": whole, "description": "The answer.", "content": {"text/event-stream": stream}},
-            **errors(400, 403, 404, 413, 500, 503, 504),
-        },
-    }
+class Deleted(BaseModel):
+    """What is gone."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
 
 
-_CHUNKS = (CompletionChunk, ChatChunk)
+class RequestCounts(BaseModel):
+    """Lines of a batch."""
+
+    total: int
+    completed: int
+    failed: int
 
 
-def install(app: FastAPI) -> None:
-    """Serve the document as it is: our errors instead of FastAPI's 422, and the header of every response."""
+class BatchObject(BaseModel):
+    """A batch as it is now. Times are seconds since the epoch, null where it did not happen."""
 
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
-        return app.openapi_schema
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: None
+    input_file_id: str
+    completion_window: str
+    status: Literal["in_progress", "completed", "cancelling", "cancelled", "expired"]
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int
+    expires_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None
 
-    app.openapi = openapi  # type: ignore[method-assign]
 
+class BatchList(BaseModel):
+    """Batches, the newest first."""
 
-def _document(app: FastAPI) -> dict[str, Any]:
-    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schemas = document["components"]["schemas"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
-    for chunk in _CHUNKS:
-        own = chunk.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(own.pop("$defs", {}))
-        schemas[chunk.__name__] = own
-    header = {HEADER: {"schema": {"type": "string"}, "description": "Name of the request, for logs and errors."}}
-    for path in document["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-            for response in operation["responses"].values():
-                response["headers"] = header
-    return document
+    object: Literal["list"]
+    data: list[BatchObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

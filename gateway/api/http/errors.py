@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from gateway.api.errors import as_typed
 from stageline.errors import InvalidArgumentError, StagelineError
@@ -68,6 +69,16 @@ def from_validation(details: Mapping[str, Any]) -> InvalidArgumentError:
     return InvalidArgumentError("PARAMETER_INVALID", f"{field}: {message}", field=field)
 
 
+def _methods(request: Request) -> list[str]:
+    """What the request's path takes."""
+
+    def takes(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return [method for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT") if takes(method)]
+
+
 def install(app: FastAPI) -> None:
     """Every error of the application leaves it in this form."""
 
@@ -83,7 +94,10 @@ def install(app: FastAPI) -> None:
         reason, message = _HTTP_REASONS.get(error.status_code, ("HTTP_ERROR", "{detail}"))
         message = message.format(method=request.method, path=request.url.path, detail=error.detail)
         body = error_object(InvalidArgumentError(reason, message))
-        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+        headers = error.headers
+        if error.status_code == 405:  # starlette names the methods of the first route that matches
+            headers = {"allow": ", ".join(_methods(request))}
+        return JSONResponse(body, status_code=error.status_code, headers=headers)
 
     app.add_exception_handler(StagelineError, typed)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
 from gateway.api.aside import aside
-from gateway.api.http import documents
+from gateway.api.http import openapi
 from gateway.api.http.body import Body, NoOps
 from gateway.api.http.chat_body import ChatMessage, Tool
 from gateway.api.http.schema import says
@@ -101,7 +101,7 @@ def router(frontend_getter: Callable[[], Frontend]) -> APIRouter:
     """The three paths."""
     paths = APIRouter()
 
-    @paths.post("/tokenize", response_model=Tokenized, responses=documents.errors(400, 404))
+    @paths.post("/tokenize", response_model=Tokenized, responses=openapi.errors(404, 413))
     async def tokenize(body: TokenizeEither) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
         frontend = frontend_getter()
@@ -120,14 +120,14 @@ def router(frontend_getter: Callable[[], Frontend]) -> APIRouter:
 
         return Response(await aside(answer, len(token_ids)), media_type="application/json")
 
-    @paths.post("/detokenize", responses=documents.errors(400, 404))
+    @paths.post("/detokenize", responses=openapi.errors(404, 413))
     async def detokenize(body: Detokenize) -> Detokenized:
         """Text of token ids."""
         frontend = frontend_getter()
         check_served(RawRequest(prompt=TextPrompt(""), model=body.model), frontend.model)
         return Detokenized(prompt=await frontend.decode(body.tokens, skip_special_tokens=False, field="tokens"))
 
-    @paths.get("/tokenizer_info", responses=documents.errors())
+    @paths.get("/tokenizer_info", responses=openapi.errors())
     async def tokenizer_info() -> TokenizerInfo:
         """What a client needs to render templates itself."""
         frontend = frontend_getter()
