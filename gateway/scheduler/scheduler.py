@@ -141,13 +141,21 @@ class Scheduler(Ledger):
         return num_held > 0 and num_held + num_more_blocks > self.limits.max_request_kv_fraction * self._pool.num_blocks
 
     def _schedule_prefills(self, step_id: int, rows: list[ScheduledRow]) -> int:
-        """Chunks of running prompts, in service order. Returns the prefill tokens left for new ones."""
+        """Chunks of running prompts, in service order. Returns the prefill tokens left for new ones.
+
+        Of sequences with branches no more than an even share over the stages: they come again when they return, as decodes do, and
+        all together would be in one stage at a time.
+        """
         prompts = sorted(self._prefilling.values(), key=_rank)
         budget = self._prefill_budget(prompts, len(rows))
+        branches_left = -(-sum(one.is_branching for one in self._running.values()) // self.num_stages)
         for sequence in prompts:
             if budget == 0 or len(rows) == self.limits.max_step_sequences:
                 break
+            if sequence.is_branching and not branches_left:
+                continue
             if not self._waits_for_prefix(sequence):
+                branches_left -= sequence.is_branching
                 budget -= self._prefill_row(step_id, rows, sequence, budget)
         return budget
 

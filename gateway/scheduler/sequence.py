@@ -120,6 +120,11 @@ class Sequence:
         bounds = (self.num_tokens, self.score_from, self.branch_start)
         return min(bound for bound in bounds if bound is not None) - 1
 
+    @property
+    def is_branching(self) -> bool:
+        """Whether its context is there, so that what comes is one branch after the other."""
+        return self.branch_start is not None and self.num_scheduled_tokens >= self.branch_start - 1
+
     def start_next_branch(self) -> None:
         """Go back to the last token of the context, which the next branch's first one is scored by. Not while in flight."""
         assert self.branch_start is not None

@@ -127,6 +127,23 @@ def test_one_token_prompts_stand_before_longer_chunks() -> None:
     assert shape(step) == [(2, 0, 1), (1, 0, 5)]
 
 
+def test_branches_are_spread_over_the_stages() -> None:
+    scheduler = make_scheduler(max_in_flight=2, num_stages=2, min_prefill_tokens=64)
+    branches = tuple((1, 2, 3) for _ in range(4))
+    branching = {"score_from": 3, "forced_token_id": 9, "branch_start": 3, "next_branches": branches}
+    for sequence_id in range(5):
+        scheduler.add(make_sequence(sequence_id, 5, max_tokens=1, **branching))
+    for step in drain_slots(scheduler):  # the context, with the first branch of each
+        complete(scheduler, step)
+    steps = drain_slots(scheduler)
+    assert [len(step.rows) for step in steps] == [3, 2]
+    while steps:  # and so they go on: one returns, its sequences are in the next
+        complete(scheduler, steps.pop(0))
+        steps += drain_slots(scheduler)
+        assert all(len(step.rows) <= 3 for step in steps)
+    assert not scheduler.num_running
+
+
 def test_priority_goes_first_then_arrival_but_only_so_far() -> None:
     scheduler = make_scheduler(max_step_tokens=3, max_waiting_sequences=5000)
     scheduler.add(make_sequence(0))
