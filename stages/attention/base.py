@@ -30,7 +30,7 @@ class AttentionContext:
     positions_T: Tensor  # int64 [T]
     slots_T: Tensor  # int64 [T]
     shared_blocks: tuple[int, ...] = ()
-    """Leading blocks that a row has in common with the row before it, [R], 0 for decode rows; empty where nobody looked."""
+    """Leading blocks that a row has in common with the row before it, [R], 0 for decode rows; empty where fewer than two rows are longer."""
     # What a backend worked out for this step and uses again in every layer.
     per_step: dict[Any, Any] = field(default_factory=dict)
 
@@ -53,11 +53,11 @@ class AttentionContext:
 
 def shared_blocks(batch: StepBatch) -> tuple[int, ...]:
     """See `AttentionContext.shared_blocks`: prompts that begin alike, and continuations of one context, lie side by side."""
-    shared = np.zeros(len(batch.query_lens), dtype=np.int64)
     tables_PM = batch.block_tables[batch.num_decode_rows :]
-    if len(tables_PM) > 1:
-        same_P = (tables_PM[1:] == tables_PM[:-1]).cumprod(axis=1).sum(axis=1)
-        shared[batch.num_decode_rows + 1 :] = same_P
+    if len(tables_PM) < 2:
+        return ()  # most steps: nothing is worked out for them
+    shared = np.zeros(len(batch.query_lens), dtype=np.int64)
+    shared[batch.num_decode_rows + 1 :] = (tables_PM[1:] == tables_PM[:-1]).cumprod(axis=1).sum(axis=1)
     return tuple(shared.tolist())
 
 
