@@ -16,7 +16,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.experimental import internal_kv
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -134,6 +133,7 @@ def carry_lines(write: Callable[[str, str], None]) -> None:
     """From now on `write` gets each line that a replica writes to stdout or stderr, and the replica's name with its process id. Ray
     itself prints them with a prefix, and those alike once. Raises nothing for what `write` raises as an OSError: Ray would
     carry no further line."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     def carry(data: Mapping[str, Any]) -> None:
         name = data.get("actor_name") or data.get("task_name") or "ray"
