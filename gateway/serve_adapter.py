@@ -134,10 +134,13 @@ def carry_lines(write: Callable[[str, str], None]) -> None:
     itself prints them with a prefix, and those alike once. Raises nothing for what `write` raises as an OSError: Ray would
     carry no further line."""
     from ray._private.ray_logging import global_worker_stdstream_dispatcher
+    from ray._private.worker import filter_autoscaler_events
 
     def carry(data: Mapping[str, Any]) -> None:
         name = data.get("actor_name") or data.get("task_name") or "ray"
-        for line in data.get("lines", ()):
+        lines = data.get("lines", [])
+        # Ray prints only the events among the autoscaler's many lines.
+        for line in filter_autoscaler_events(lines) if data.get("pid") == "autoscaler" else lines:
             with contextlib.suppress(OSError):
                 write(line, f"{name} {data.get('pid')}")
 
