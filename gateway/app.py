@@ -26,10 +26,11 @@ from gateway.engine import Engine, EngineSettings
 from gateway.model import configured_template, load_model
 from gateway.pipelines.discovery import Registry, ReplicaRecord
 from gateway.planner.split import resolve_layers
-from gateway.serve_adapter import log_to_stderr, stage_application
+from gateway.serve_adapter import stage_application
 from gateway.tracing.call import open_tracing
 from stageline.errors import ConfigError
 from stages.checkpoint import open_checkpoint
+from stages.logs import log_to_stderr
 from stages.partition import LayerRange
 from stages.server.access import StageAccess
 
@@ -164,6 +165,7 @@ def stage_spec(config: configuration.Config, layers: LayerRange | None, num_stag
         "shared_memory_bytes": config.stages.shared_memory_bytes,
         "stall_timeout_s": 2 * config.pipelines.stall_timeout_s,
         "drain_timeout_s": config.stages.drain_timeout_s,
+        "log_format": config.server.log_format,
         **config.security.stage_files(),
     }
 
@@ -182,8 +184,8 @@ class Gateway:
 
     async def __init__(self, config: dict[str, Any], *stages: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         global _frontend, _batches
-        log_to_stderr()
         parsed = configuration.Config.model_validate(config)
+        log_to_stderr(parsed.server.log_format)
         security = parsed.security
         tls = security.door_tls()
         self._tracing = open_tracing(parsed.tracing)

@@ -172,6 +172,9 @@ class ServerSection(_Section):
         1 << 21, ge=1, description="the same of all requests; beyond it those furthest behind are ended"
     )
     drain_timeout_s: float = Field(20.0, ge=0, description="seconds running requests get when the gateway stops")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="log lines on stderr, of gateway and stages: text, or each a JSON object"
+    )
 
 
 class BatchSection(_Section):

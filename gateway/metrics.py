@@ -1,15 +1,16 @@
-"""Numbers for Prometheus. They have the names that vLLM's users have dashboards for, with the prefix `stageline:`."""
+"""Numbers for Prometheus. They have the names that vLLM's users have dashboards for, with the prefix `stageline:`; those of whole
+requests have OpenTelemetry's too."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gateway.genai_metrics import GenAiMetrics
+from gateway.histogram import Buckets, Histogram
 from gateway.types import FinishReason, PipelineStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -59,43 +60,16 @@ class _PipelineCollector(Collector):
                 yield metric
 
 
-class _Histogram(Collector):
-    """As prometheus_client's, but without its locks, which cost 5 µs an observation, and there is one a token: everything
-    here happens on the engine's event loop."""
-
-    def __init__(self, model_name: str, name: str, text: str, bounds: Sequence[float]) -> None:
-        self.model_name, self._name, self._text, self._bounds = model_name, name, text, tuple(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    @property
-    def count(self) -> int:
-        """Observations so far."""
-        return sum(self._counts)
-
-    def observe(self, seconds: float) -> None:
-        """Count it in the first bucket whose bound it does not exceed."""
-        self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._sum += seconds
-
-    def collect(self) -> Iterable[Metric]:
-        """See prometheus_client's Collector."""
-        bounds = (*(str(float(bound)) for bound in self._bounds), "+Inf")
-        family = HistogramMetricFamily(self._name, self._text, labels=("model_name",))
-        family.add_metric((self.model_name,), list(zip(bounds, accumulate(self._counts), strict=True)), self._sum)
-        yield family
-
-
 class _Generated(Collector):
     """Tokens generated: a first one or a next one each."""
 
-    def __init__(self, first: _Histogram, following: _Histogram) -> None:
-        self._first, self._following = first, following
+    def __init__(self, model_name: str, first: Buckets, following: Buckets) -> None:
+        self._model_name, self._first, self._following = model_name, first, following
 
     def collect(self) -> Iterable[Metric]:
         """See prometheus_client's Collector."""
         family = CounterMetricFamily(PREFIX + "generation_tokens", "Tokens generated.", labels=("model_name",))
-        family.add_metric((self._first.model_name,), self._first.count + self._following.count)
+        family.add_metric((self._model_name,), self._first.count + self._following.count)
         yield family
 
 
@@ -109,7 +83,7 @@ class Metrics:
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens of a sequence.", ITL_BUCKETS_S)
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", E2E_BUCKETS_S)
-        self._generated = _Generated(self._ttft, self._itl)
+        self._generated = _Generated(model_name, self._ttft, self._itl)
         self.registry.register(self._generated)
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the sequences that got a token.")
         self._cached_tokens = self._counter("prompt_tokens_cached", "Of those, what the prefix cache saved.")
@@ -119,6 +93,7 @@ class Metrics:
         self._cancelled = self._counter("requests_cancelled", "Requests that their clients gave up.")
         self._checks = self._counter("invariant_checks", "Times the idle engine looked for leaks.")
         self._violations = self._counter("invariant_violations", "What it found. Ever more than 0: a bug of ours.")
+        self.genai = GenAiMetrics(model_name, self.registry)
 
     def first_token(self, seconds: float, *, prompt_tokens: int, cached_tokens: int) -> None:
         """A sequence got its first token `seconds` after its request came."""
@@ -161,10 +136,10 @@ class Metrics:
         """Prometheus' text format, `CONTENT_TYPE`."""
         return generate_latest(self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> _Histogram:
-        histogram = _Histogram(self._model_name, PREFIX + name, text, buckets)
+    def _histogram(self, name: str, text: str, bounds: Sequence[float]) -> Buckets:
+        histogram = Histogram(PREFIX + name, text, ("model_name",), bounds)
         self.registry.register(histogram)
-        return histogram
+        return histogram.of(self._model_name)
 
     def _counter(self, name: str, text: str) -> Counter:
         return self._registered(name, text).labels(self._model_name)

@@ -6,13 +6,12 @@ loaded by name inside the replica that runs it, and the gateway process never lo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-import logging
-import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -23,6 +22,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from gateway import replica_feed
 from stageline.errors import StagelineError
+from stages.logs import log_to_stderr
 
 STAGE_MODULE, STAGE_CLASS, SPEC_CLASS = "stages.replica", "StageReplica", "StageSpec"
 
@@ -56,9 +56,10 @@ class StageDeployment:
     async def __init__(self, index: int | None, spec: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         module = importlib.import_module(STAGE_MODULE)
         context = ray.get_runtime_context()
-        log_to_stderr()
+        layers = "any" if index is None else f"{spec['start_layer']}-{spec['end_layer']}"
+        log_to_stderr(spec.get("log_format", "text"), layers=layers)
         spec = {**spec, "host": spec.get("host") or ray.util.get_node_ip_address()}
-        name = "spare" if index is None else f"stage {index} (layers {spec['start_layer']}-{spec['end_layer']})"
+        name = "spare" if index is None else f"stage {index} (layers {layers})"
         place = "spare" if index is None else index
         report = _StartReport(f"{serve.get_replica_context().app_name}/{place}", name)
         try:
@@ -128,19 +129,23 @@ def start_reports(application: str) -> list[Mapping[str, Any]]:
     return [json.loads(value) for value in values if value is not None]
 
 
-def log_to_stderr() -> None:
-    """Our log lines go to the process's own stderr, which Ray carries to the driver: Serve may redirect sys.stderr.
+def carry_lines(write: Callable[[str, str], None]) -> None:
+    """From now on `write` gets each line that a replica writes to stdout or stderr, and the replica's name with its process id. Ray
+    itself prints them with a prefix, and those alike once. Raises nothing for what `write` raises as an OSError: Ray would
+    carry no further line."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+    from ray._private.worker import filter_autoscaler_events
 
-    From then on a line that cannot be written is lost. Python would say so on sys.stderr, which Serve writes to its own log: on a full
-    disk that fails too, and so on until a RecursionError ends the request whose line it was.
-    """
-    logging.raiseExceptions = False
-    handler = logging.StreamHandler(sys.__stderr__)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("stageline", "stages"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO if name == "stageline" else logging.WARNING)
+    def carry(data: Mapping[str, Any]) -> None:
+        name = data.get("actor_name") or data.get("task_name") or "ray"
+        lines = data.get("lines", [])
+        # Ray prints only the events among the autoscaler's many lines.
+        for line in filter_autoscaler_events(lines) if data.get("pid") == "autoscaler" else lines:
+            with contextlib.suppress(OSError):
+                write(line, f"{name} {data.get('pid')}")
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    global_worker_stdstream_dispatcher.add_handler("ray_print_logs", carry)
 
 
 def stage_application(

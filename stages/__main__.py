@@ -10,6 +10,7 @@ import signal
 import sys
 
 from stageline.errors import ConfigError, InvalidArgumentError, StagelineError
+from stages.logs import LOG_FORMATS, log_to_stderr
 from stages.partition import parse_layer_ranges
 from stages.spec import DEFAULT_SHARED_MEMORY_BYTES, DEVICES, DTYPE_NAMES, HIDDEN_DTYPES, QUANTIZATIONS, StageSpec
 
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_SHARED_MEMORY_BYTES,
         help="of the ring to a next stage on this host; 0: hidden states go over the socket",
     )
+    parser.add_argument(
+        "--log-format", default="text", metavar=_choices(LOG_FORMATS), help="lines on stderr; json: each an object"
+    )
     return parser
 
 
@@ -82,6 +86,7 @@ def _spec(args: argparse.Namespace) -> StageSpec:
 async def _serve(spec: StageSpec) -> None:
     from stages.replica import StageReplica  # torch takes seconds; --help and a wrong argument should not
 
+    log_to_stderr(spec.log_format, layers=str(spec.layers or UNBOUND))
     replica = StageReplica(spec)
     stop, now = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()

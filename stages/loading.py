@@ -157,7 +157,7 @@ class ModelLoader:
             raise InternalError(
                 "WEIGHTS_MISSING", f"layers {layers}: tensors were not loaded: {', '.join(sorted(missing))}"
             )
-        _LOG.info("layers %s: %s", layers, runner.report())
+        _LOG.info("layers %s: %s", layers, runner.report(), extra={"layers": str(layers)})
         return LoadedStage(StageExecutor(runner, hidden_dtype=spec.hidden_dtype), self._kv_blocks(runner))
 
     def _kv_blocks(self, runner: StageRunner) -> int:

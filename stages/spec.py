@@ -7,6 +7,7 @@ from typing import Any
 
 from stageline.errors import ConfigError
 from stages.config_values import MAX_LAYERS
+from stages.logs import LOG_FORMATS
 from stages.partition import LayerRange
 
 DTYPE_NAMES = ("float32", "bfloat16")
@@ -69,6 +70,7 @@ class StageSpec:
     server_name: str | None = None
     token_file: str | None = None
     shared_memory_bytes: int = DEFAULT_SHARED_MEMORY_BYTES
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         for name in ("model", "host"):
@@ -79,6 +81,7 @@ class StageSpec:
             self._check(name, value is None or isinstance(value, str), "text")
         self._check("dtype", self.dtype in DTYPE_NAMES, f"one of {', '.join(DTYPE_NAMES)}")
         self._check("device", self.device in DEVICES, f"one of {', '.join(DEVICES)}")
+        self._check("log_format", self.log_format in LOG_FORMATS, f"one of {', '.join(LOG_FORMATS)}")
         fits = self.quantization is None or self.quantization in QUANTIZATIONS
         self._check("quantization", fits, f"one of {', '.join(QUANTIZATIONS)}, or not set")
         fits = self.hidden_dtype is None or self.hidden_dtype in HIDDEN_DTYPES

@@ -73,4 +73,4 @@ class Audit:
             line["not_recorded"], self._num_not_recorded = self._num_not_recorded, 0
         if visit is not None and visit.prompts is not None:
             line["prompts"] = visit.prompts
-        self._log.info(json.dumps(line))
+        self._log.info(json.dumps(line), extra={"call": line})

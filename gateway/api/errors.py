@@ -22,7 +22,7 @@ def as_typed(error: Exception, *, where: str) -> StagelineError:
 
 def _internal(error: Exception, where: str) -> InternalError:
     name = current.get()
-    logger.error("request %s: %s failed", name, where, exc_info=error)
+    logger.error("request %s: %s failed", name, where, exc_info=error, extra={"request_id": name})
     return InternalError(
         "INTERNAL", f"{where} failed inside the server; its log has the cause under request {name}",
         where=where, request_id=name,
@@ -31,7 +31,11 @@ def _internal(error: Exception, where: str) -> InternalError:
 
 def reader_stalled(write_timeout_s: float) -> ResourceExhaustedError:
     """The end of a stream whose client took nothing for so long. Logged: the client may never see it."""
-    logger.warning("request %s: its client read nothing for %g s, the stream is ended", current.get(), write_timeout_s)
+    name = current.get()
+    logger.warning(
+        "request %s: its client read nothing for %g s, the stream is ended", name, write_timeout_s,
+        extra={"request_id": name},
+    )  # fmt: skip
     return ResourceExhaustedError(
         "READER_TOO_SLOW", f"the client reads too slowly: it took nothing for {write_timeout_s:g} s; "
         "resume from what was read, and read faster",

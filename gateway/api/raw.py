@@ -59,10 +59,11 @@ class RawRequest:
 
     `default_max_tokens` is what the door promises where `max_tokens` is not given; None is what is left of the context.
     `deadline_s` is on the time.monotonic clock. `names` maps our field names to the ones this door's clients write, so
-    that an error names what they typed.
+    that an error names what they typed. `operation` is the call's name in OpenTelemetry's GenAI conventions.
     """
 
     prompt: Prompt | None
+    operation: str = "generate_content"
     model: str | None = None
     request_id: str = ""
     num_choices: int | None = None

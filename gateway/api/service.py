@@ -19,6 +19,7 @@ from gateway.api.raw import ChatPrompt, Prompt, RawRequest, TextPrompt, TokenPro
 from gateway.api.scoring import RawScore, Scored, check_counts, validate_score
 from gateway.api.tool_choice import with_tool_choice
 from gateway.api.validate import check_served, end_token_ids, validate
+from gateway.genai_metrics import RequestTimes
 from gateway.grammar import GrammarCompiler
 from gateway.metrics import Metrics
 from gateway.tokenizer import ChatTemplate, Detokenizer, StopMatcher, Tokenizer
@@ -83,33 +84,25 @@ class Accepted:
     """A request that passed its door. `created_s`: seconds since the epoch.
 
     Of `request.num_choices` generated choices `num_returned` come back: the most probable ones. `show_logprobs`: the
-    client asked for them. `echo` is put before every choice's text. `parse_tools`: its text may hold tool calls.
+    client asked for them. `echo` is put before every choice's text. `parse_tools`: its text may hold tool calls. `operation` is that
+    of RawRequest.
     """
 
     request: GenerateRequest
     created_s: int
+    operation: str
     num_returned: int = 1
     show_logprobs: bool = True
     echo: str = ""
     parse_tools: bool = False
 
 
-@contextmanager
-def _followed(request: GenerateRequest | ScoreRequest, counts: Callable[[], str]) -> Iterator[None]:
-    """Around a request's work: its spans, and a line in the log about how it ended, with its counts of then."""
-    call = calls.current.get()  # now: a generator may be closed in another context
-    started_s, outcome = time.monotonic(), "cancelled"
-    try:
-        yield
-        outcome = "done"
-    except Exception as error:
-        outcome = getattr(error, "reason", type(error).__name__)
-        raise
-    finally:
-        ended_s = time.monotonic()
-        logger.info("request %s: %s, %s in %.3f s", request.request_id, outcome, counts(), ended_s - started_s)
-        if call is not None and request.work is not None:
-            call.worked(request.work, started_s, ended_s)
+@dataclass(slots=True)
+class _Seen:
+    """What came of a request so far; `first_token_s` on the monotonic clock."""
+
+    num_tokens: int = 0
+    first_token_s: float | None = None
 
 
 class Frontend:
@@ -156,6 +149,7 @@ class Frontend:
         return Accepted(
             request=request,
             created_s=int(time.time()),
+            operation=raw.operation,
             num_returned=(raw.num_choices or 1) if ranked else request.num_choices,
             show_logprobs=show_logprobs,
             # Beside offsets of tokens, the prompt is echoed as the model sees it, which normalization may have changed.
@@ -204,12 +198,17 @@ class Frontend:
         if request.resume_token_ids:
             post.resume(request.first_choice, self._text_so_far(request))
         visit, call = visits.current.get(), calls.current.get()
-        num_tokens, ends = 0, dict[int, ChoiceDelta]()
-        with _followed(request, lambda: f"{len(request.prompt_token_ids)} prompt tokens, {num_tokens} generated"):
+        seen, ends, num_prompt = _Seen(), dict[int, ChoiceDelta](), len(request.prompt_token_ids)
+        with self._followed(
+            request, accepted.operation, num_prompt, seen,
+            lambda: f"{num_prompt} prompt tokens, {seen.num_tokens} generated",
+        ):  # fmt: skip
             try:
                 async with aclosing(deltas):
                     async for delta in deltas:
-                        num_tokens += len(delta.token_ids)
+                        if seen.first_token_s is None and delta.token_ids:
+                            seen.first_token_s = time.monotonic()
+                        seen.num_tokens += len(delta.token_ids)
                         if visit is not None:
                             visit.charge(len(delta.token_ids))
                         if delta.finish_reason is not None:
@@ -219,7 +218,7 @@ class Frontend:
             finally:
                 if call is not None:
                     call.generated(
-                        num_tokens,
+                        seen.num_tokens,
                         min((end.cached_prompt_tokens for end in ends.values()), default=0),
                         [end.finish_reason for end in ends.values() if end.finish_reason is not None],
                     )
@@ -246,10 +245,11 @@ class Frontend:
             request = replace(request, work=call.accepted(request, self.model))
         scores = cast("AsyncGenerator[ContinuationScore]", self.engine.score(request))
         found: dict[int, ContinuationScore] = {}
-        with _followed(
-            request,
+        num_scored = sum(map(len, continuations))
+        with self._followed(
+            request, "score", len(context) + num_scored, _Seen(),
             lambda: f"{len(context)} context tokens, {len(found)} of {len(continuations)} continuations scored",
-        ):
+        ):  # fmt: skip
             async with aclosing(scores):
                 async for score in scores:
                     found[score.index] = score
@@ -258,6 +258,39 @@ class Frontend:
             scores=[found[place] for place in range(len(continuations))],
             num_cached_tokens=min(score.cached_context_tokens for score in found.values()),
         )
+
+    @contextmanager
+    def _followed(
+        self, request: GenerateRequest | ScoreRequest, operation: str, num_input: int, seen: _Seen,
+        counts: Callable[[], str],
+    ) -> Iterator[None]:  # fmt: skip
+        """Around a request's work: its spans, its metrics, and a line in the log about how it ended, with its counts of then."""
+        call = calls.current.get()  # now: a generator may be closed in another context
+        started_s, outcome, error_type = time.monotonic(), "cancelled", "CANCELLED"
+        try:
+            yield
+            outcome, error_type = "done", ""
+        except Exception as error:
+            outcome = error_type = getattr(error, "reason", type(error).__name__)
+            raise
+        finally:
+            ended_s = time.monotonic()
+            logger.info(
+                "request %s: %s, %s in %.3f s", request.request_id, outcome, counts(), ended_s - started_s,
+                extra={"request_id": request.request_id},
+            )  # fmt: skip
+            self.engine.metrics.genai.ended(
+                RequestTimes(
+                    operation=operation,
+                    num_input_tokens=num_input,
+                    num_output_tokens=seen.num_tokens,
+                    first_token_s=None if seen.first_token_s is None else seen.first_token_s - started_s,
+                    duration_s=ended_s - started_s,
+                    error=error_type,
+                )
+            )
+            if call is not None and request.work is not None:
+                call.worked(request.work, started_s, ended_s)
 
     async def _encode_all(self, prompts: Sequence[TextPrompt | TokenPrompt]) -> tuple[tuple[int, ...], ...]:
         """Token ids of many texts, each by itself."""

@@ -155,7 +155,10 @@ class Worker:
     def _ended(self, feed: _Feed, line: tuple[int, bytes], task: asyncio.Task[None]) -> None:
         feed.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None and not isinstance(task.exception(), StateFenced):
-            logger.error("batch %s: line %d will run again", feed.id, line[0], exc_info=task.exception())
+            logger.error(
+                "batch %s: line %d will run again", feed.id, line[0], exc_info=task.exception(),
+                extra={"batch_id": feed.id},
+            )  # fmt: skip
             asyncio.get_running_loop().call_later(BUG_DELAY_S, self._again, feed, line)
         self._wake.set()
 

@@ -27,9 +27,13 @@ Loads = Mapping[str, tuple[int, int]]
 class Progress:
     """Follows `read` on a thread, from `with` to its end. `read` may raise: then nothing is known at that moment."""
 
-    def __init__(self, read: Callable[[], Loads], file: TextIO | None = None) -> None:
+    def __init__(
+        self, read: Callable[[], Loads], file: TextIO | None = None, say: Callable[[str], None] | None = None
+    ) -> None:
+        """`say` takes whole lines instead of `file`, a terminal or not."""
         self._read, self._file = read, file or sys.stderr
-        self._painter: _Bars | _Lines = _Bars(self._file) if self._file.isatty() else _Lines(self._file)
+        self._bars = say is None and self._file.isatty()
+        self._painter: _Bars | _Lines = _Bars(self._file) if self._bars else _Lines(say or self._print)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._waiting_for: str | None = None
@@ -40,7 +44,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._before = sys.stderr
-        if self._file.isatty():
+        if self._bars:
             sys.stderr = DummyTqdmFile(self._file)
         self._thread.start()
         return self
@@ -52,6 +56,9 @@ class Progress:
         self._thread.join()
         self._painter.close()
         sys.stderr = self._before
+
+    def _print(self, line: str) -> None:
+        print(f"stageline: {line}", file=self._file, flush=True)
 
     def _follow(self) -> None:
         while True:
@@ -96,8 +103,8 @@ class _Bars:
 class _Lines:
     """A line when something begins and ends, and one now and then in between."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
         self._seen: dict[str, tuple[int, int]] = {}
         self._loaded: set[str] = set()
         self._spoken_s: dict[str, float] = {}
@@ -122,6 +129,3 @@ class _Lines:
         if now_s - self._spoken_s.get(about, -LINE_EVERY_S) >= LINE_EVERY_S:
             self._spoken_s[about] = now_s
             self._write(line)
-
-    def _write(self, line: str) -> None:
-        print(f"stageline: {line}", file=self._file, flush=True)

@@ -26,9 +26,12 @@ from gateway.model import load_model
 from gateway.planner.split import resolve_layers
 from stageline.errors import CheckpointError, ConfigError, InternalError, UnavailableError
 from stages.checkpoint import open_checkpoint
+from stages.logs import log_to_stderr
 from stages.server.access import StageAccess
 
 _APPLICATION = "stageline"
+
+logger = logging.getLogger("stageline.serve")
 
 
 class _Stop(BaseException):
@@ -44,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     """Serve in the foreground. Returns 0 after SIGINT or SIGTERM."""
     config = _complete(config_from(args))
     stdout = _keep_stdout()
+    json_lines = config.server.log_format == "json"
+    if json_lines:
+        log_to_stderr("json")
+    say = logger.info if json_lines else _print
     _handle_signals(_on_signal)
     record = token = None
     try:
@@ -51,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
             token = new_stage_token()  # the stages of this host are for this server alone
             security = config.security.model_copy(update={"stage_token_file": str(token)})
             config = config.model_copy(update={"security": security})
+        say("starting Ray")
         _start_ray(config)
-        with Progress(_loads) as progress:
+        with Progress(_loads, say=logger.info if json_lines else None) as progress:
             _deploy(config)
             progress.wait_for("a pipeline")
             _wait_ready(config)
@@ -66,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         while True:
             signal.pause()
     except _Stop:
-        print("stageline: stopping", file=sys.stderr, flush=True)
+        say("stopping")
         return 0
     finally:
         _handle_signals(signal.SIG_IGN)
@@ -77,6 +85,19 @@ def run(args: argparse.Namespace) -> int:
         finally:  # not before: the stages read it again and again
             if token is not None:
                 token.unlink(missing_ok=True)
+
+
+def _print(line: str) -> None:
+    print(f"stageline: {line}", file=sys.stderr, flush=True)
+
+
+def _carry(line: str, replica: str) -> None:
+    """Of a replica: what is an object already as it is, anything else (Ray's own lines, a crash) in one."""
+    if line.startswith('{"time": ') and line.endswith("}"):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    else:
+        logger.info("%s", line, extra={"replica": replica})
 
 
 def _handle_signals(handler: Any) -> None:
@@ -169,13 +190,16 @@ def _start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    print("stageline: starting Ray", file=sys.stderr, flush=True)
     import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
     _handle_signals(_on_signal)  # ray.init installs its own
+    if config.server.log_format == "json":
+        from gateway.serve_adapter import carry_lines
+
+        carry_lines(_carry)
     http_options: dict[str, Any] = {"host": config.server.host, "port": config.server.http_port}
     if config.security.certificate_file:
         http_options["ssl_certfile"], http_options["ssl_keyfile"] = (

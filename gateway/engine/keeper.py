@@ -211,14 +211,16 @@ class Keeper:
                 lane.state, proven = "ready", True
                 cut = tuple(stage.layers for stage in stages)
                 self.notify()
-                logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch)
+                logger.info("pipeline %s is ready in epoch %d", lane.name, pipeline.epoch, extra=_where(lane, pipeline))
                 await self._until_over(lane, pipeline)
             except StagelineError as error:
                 # Claimed: another gateway was first, which is no trouble.
                 level = logging.INFO if error.reason == "STAGE_CLAIMED" else logging.WARNING
-                logger.log(level, "pipeline %s: %s: %s", lane.name, error.reason, error.message)
+                logger.log(
+                    level, "pipeline %s: %s: %s", lane.name, error.reason, error.message, extra=_where(lane, pipeline)
+                )
             except Exception:  # a bug of ours must not end the lane and everything in it
-                logger.exception("pipeline %s: unexpected error", lane.name)
+                logger.exception("pipeline %s: unexpected error", lane.name, extra=_where(lane, pipeline))
             finally:
                 lane.detach()
                 if opened:
@@ -376,7 +378,10 @@ class Keeper:
                 lane.take(choice)
                 others[place].adopt(choice)
         if num_moved := len(found) - found.count(None):
-            logger.info("pipeline %s: %d of %d sequences go on elsewhere", lane.name, num_moved, len(found))
+            logger.info(
+                "pipeline %s: %d of %d sequences go on elsewhere", lane.name, num_moved, len(found),
+                extra={"pipeline": lane.name},
+            )  # fmt: skip
 
     def _end(self, lane: Lane) -> None:
         """Give up a lane that has no replicas and nothing to do."""
@@ -409,3 +414,8 @@ class Keeper:
         """Replicas that no lane uses, or only this one."""
         used = {stage.incarnation for other in self.lanes if other is not lane for stage in other.stages}
         return [record for record in self._registry.replicas() if record.incarnation not in used]
+
+
+def _where(lane: Lane, pipeline: Pipeline) -> dict[str, object]:
+    """For structured log lines."""
+    return {"pipeline": lane.name, "epoch": pipeline.epoch}

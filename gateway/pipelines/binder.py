@@ -77,15 +77,25 @@ class Binder:
     async def _bind(self, binding: Binding) -> None:
         name, layers, where = binding.replica.incarnation, binding.layers, binding.replica.address
         started_s = time.monotonic()
-        logger.info("layers %s are missing: the spare at %s loads them", layers, where)
+        extra = {"layers": str(layers)}
+        logger.info("layers %s are missing: the spare at %s loads them", layers, where, extra=extra)
         try:
             async with self._access.channel(where, OPTIONS) as channel:
                 await self._load(pb_grpc.StageServiceStub(channel), binding)
             self._registry.hold(name, layers.start_layer, layers.end_layer)
-            logger.info("the spare at %s holds layers %s after %.1f s", where, layers, time.monotonic() - started_s)
+            took_s = time.monotonic() - started_s
+            logger.info("the spare at %s holds layers %s after %.1f s", where, layers, took_s, extra=extra)
         except StagelineError as error:
             level = logging.INFO if error.reason in _LOST_RACE else logging.WARNING  # another gateway was first
-            logger.log(level, "the spare at %s is not bound to layers %s: %s: %s", where, layers, error.reason, error)
+            logger.log(
+                level,
+                "the spare at %s is not bound to layers %s: %s: %s",
+                where,
+                layers,
+                error.reason,
+                error,
+                extra=extra,
+            )
             too_large = error.reason == "STAGE_TOO_LARGE"
             self._passed_over[name] = time.monotonic() + (TOO_LARGE_S if too_large else PASS_OVER_S)
         finally:

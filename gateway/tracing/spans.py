@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, TraceIdRatioB
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from gateway.genai_metrics import PROVIDER_NAME
 from gateway.tracing import call as calls
 from gateway.tracing.work import RequestWork
 from gateway.types import FinishReason, GenerateRequest, ModelInfo, ScoreRequest
@@ -27,7 +28,6 @@ from stageline.errors import StagelineError
 
 Attributes = dict[str, str | int | float | bool]
 
-PROVIDER_NAME = "stageline"
 _SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 _W3C = TraceContextTextMapPropagator()
 

@@ -230,7 +230,7 @@ class StageServer(pb_grpc.StageServiceServicer):
         except Exception as error:  # whatever it is, the replica can be bound to something else
             reason = error.reason if isinstance(error, StagelineError) else type(error).__name__
             self._load_failure = f"{reason}: {error}"
-            _LOG.error("layers %s could not be loaded: %s", layers, self._load_failure)
+            _LOG.error("layers %s could not be loaded: %s", layers, self._load_failure, extra={"layers": str(layers)})
             self._claims, self._loading = self._claims.load_failed(), None
             await self._next_epoch()
         else:

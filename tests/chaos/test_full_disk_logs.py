@@ -8,7 +8,7 @@ import sys
 REPLICA = """
 import logging, sys
 from ray.serve._private.logging_utils import StreamToLogger
-from gateway.serve_adapter import log_to_stderr
+from stages.logs import log_to_stderr
 
 full = open("/dev/full", "w")
 serve = logging.getLogger("ray.serve")

@@ -58,6 +58,31 @@ async def test_metrics_are_prometheus_text(web, doors):
     assert (sample.labels, sample.value) == ({"model_name": "tiny", "reason": "QUEUE_FULL"}, 1)
 
 
+async def test_every_call_is_measured_under_its_operation(web, client, doors):
+    messages = [{"role": "user", "content": "x"}]
+    for _ in range(2):
+        await client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=4)
+    stream = await client.completions.create(model="tiny", prompt=["a", "b"], max_tokens=3, stream=True)
+    assert [chunk async for chunk in stream]
+    doors.engine.failure, doors.engine.fail_after = errors.UnavailableError("GATEWAY_STOPPING", "it stops"), 1
+    assert (await web.post("/v1/completions", json={"model": "tiny", "prompt": "a"})).status_code == 503
+    found = text_string_to_metric_families((await web.get("/metrics")).text)
+    told = {
+        (s.name.removeprefix("gen_ai_"), s.labels["gen_ai_operation_name"], s.labels.get("error_type", "")): s.value
+        for family in found if family.name.startswith("gen_ai_") for s in family.samples if "le" not in s.labels
+        and s.labels.get("gen_ai_token_type") != "input"
+    }  # fmt: skip
+    duration, ttft = "server_request_duration_seconds_count", "server_time_to_first_token_seconds_count"
+    assert {key: value for key, value in told.items() if key[0] == duration} == {
+        (duration, "chat", ""): 2,
+        (duration, "text_completion", ""): 2,
+        (duration, "text_completion", "GATEWAY_STOPPING"): 1,
+    }
+    assert (told[ttft, "chat", ""], told[ttft, "text_completion", ""]) == (2, 2)
+    usage = "client_token_usage_sum"
+    assert (told[usage, "chat", ""], told[usage, "text_completion", ""]) == (2 * 4, 2 * 3 + 1)
+
+
 async def test_models_and_probes(client, web, doors):
     assert [model.id async for model in client.models.list()] == ["tiny"]
     assert (await web.get("/healthz")).status_code == 200

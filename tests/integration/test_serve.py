@@ -68,7 +68,7 @@ def serving(root: Path, *flags: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("serve")) as running:
+    with serving(tmp_path_factory.mktemp("serve"), "--server.log-format", "json") as running:
         yield running
 
 
@@ -206,6 +206,36 @@ def test_a_killed_stage_costs_a_pause_and_no_token(server: Server) -> None:
             os.kill(pids(server)[1], signal.SIGKILL)
     assert killed
     assert tokens == expected
+
+
+def test_every_line_on_stderr_is_an_object(server: Server) -> None:
+    name, prompt = "a-name-of-ours", "a prompt that nobody logs"
+    body = {"prompt": prompt, "max_tokens": 3, "ignore_eos": True}
+    headers = {"x-request-id": name}
+    assert httpx.post(f"http://{server.http}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+    [pipeline] = stub(server).GetModel(pb.GetModelRequest()).pipelines
+    with grpc.insecure_channel(pipeline.stages[1].replicas[0].address) as channel, pytest.raises(grpc.RpcError):
+        StageServiceStub(channel).Describe(stage_pb.DescribeRequest(), timeout=10)  # a stranger
+    expected = {f'"request_id": "{name}"': 2, "calls without the stages' token": 1}
+    deadline = time.monotonic() + 20  # lines of replicas come through Ray, now and then
+    while any(
+        (text := (server.folder.parent / "stderr.txt").read_text()).count(one) < n for one, n in expected.items()
+    ):
+        assert time.monotonic() < deadline, text[-2000:]
+        time.sleep(0.1)
+    # What Ray itself says of a process that was killed stays text.
+    lines = [json.loads(line) for line in text.splitlines() if not line.startswith("(raylet) ")]
+    for line in lines:
+        assert {"time", "level", "logger", "message", "pid"} <= line.keys(), line
+    assert lines[0]["message"] == "starting Ray"
+    done, call = (line for line in lines if line.get("request_id") == name)
+    assert (done["logger"], done["level"]) == ("stageline.gateway.requests", "INFO")
+    assert done["message"].startswith(f"request {name}: done, ")
+    assert (call["logger"], call["method"], call["status"]) == ("stageline.audit", "POST /v1/completions", "200")
+    assert prompt not in text
+    ready = [line for line in lines if " is ready in epoch " in line["message"]]
+    assert (ready[-1]["pipeline"], ready[-1]["epoch"]) == (pipeline.id, pipeline.epoch)
+    assert any(line["logger"] == "stageline.security" and line["layers"] == "1-3" for line in lines)
 
 
 def test_sigterm_ends_everything_it_started(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import grpc.aio
 import pytest
@@ -34,11 +36,13 @@ def folder(tmp_path_factory):
 
 
 @contextmanager
-def alone(folder: Path, layers: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def alone(
+    folder: Path, layers: str, *flags: str, stderr: TextIO | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A stage process and its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "stages", "--model", str(folder), "--layers", layers, "--port", "0", "--dtype", "float32", *flags],
-        stdout=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=stderr, text=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -107,6 +111,23 @@ def test_it_refuses_strangers(folder, tmp_path) -> None:
                 asyncio.run(describe(address, access=stranger))
 
 
+def test_its_log_lines_are_objects(folder, tmp_path) -> None:
+    (tmp_path / "token").write_text("5e" * 32)
+    flags = ("--token-file", str(tmp_path / "token"), "--log-format", "json")
+    with (
+        (tmp_path / "stderr.txt").open("w") as stderr,
+        alone(folder, "0-1", *flags, stderr=stderr) as (process, address),
+    ):
+        with pytest.raises(UnavailableError, match="no stage answers"):
+            asyncio.run(describe(address))
+    [line] = (tmp_path / "stderr.txt").read_text().splitlines()
+    said = json.loads(line)
+    assert (said["level"], said["logger"], said["layers"], said["pid"]) == (
+        "WARNING", "stageline.security", "0-1", process.pid,
+    )  # fmt: skip
+    assert said["message"].startswith("refused 1 calls without the stages' token")
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -139,6 +160,7 @@ WRONG_ARGUMENTS = [
     (("--block-size-tokens", "-1"), "block_size_tokens must be an integer in [1, "),
     (("--kv-memory-bytes", "-5"), "kv_memory_bytes must be an integer in [1, "),
     (("--dtype", "float16"), "dtype must be one of float32, bfloat16, got 'float16'"),
+    (("--log-format", "xml"), "log_format must be one of text, json, got 'xml'"),
     (("--device", "tpu"), "device must be one of cpu, cuda, got 'tpu'"),
     (("--host", ""), "host must be text that is not empty, got ''"),
     (("--layers", "3-3"), "end_layer must be above start_layer (3), got 3"),

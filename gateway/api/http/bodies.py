@@ -55,6 +55,7 @@ class CompletionBody(GenerationBody):
                 prompt,
                 request_id if len(prompts) == 1 else f"{request_id}-{place}",
                 deadline_s,
+                operation="text_completion",
                 seed=seed if seed < 0 else seed + place,
                 max_tokens=self.max_tokens,
                 default_max_tokens=COMPLETION_MAX_TOKENS,

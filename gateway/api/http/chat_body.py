@@ -205,6 +205,7 @@ class ChatBody(GenerationBody):
                 self.prompt(),
                 request_id,
                 deadline_s,
+                operation="chat",
                 seed=self.seed,
                 max_tokens=self.max_completion_tokens if new_name else self.max_tokens,
                 num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
