@@ -32,6 +32,7 @@ class StepBatch:
     output_rows: tuple[int, ...]  # rows whose last token needs logits
     scored_tokens: NDArray[np.int64]  # [S], places among the T tokens, ascending: their next tokens are scored
     target_ids: NDArray[np.int64]  # [S], those next tokens
+    alternatives: tuple[tuple[int, NDArray[np.int64]], ...]  # places among the S, and other tokens scored there
 
     @property
     def attention_arrays(self) -> tuple[NDArray[Any], ...]:
@@ -77,7 +78,7 @@ class StepBatch:
             tables[row_of_token, positions // block_size_tokens].astype(np.int64) * block_size_tokens
             + positions % block_size_tokens
         )
-        scored_tokens, target_ids = _scored(step, starts, vocab_size)
+        scored_tokens, target_ids, alternatives = _scored(step, starts, vocab_size)
         return cls(
             step_id=step.step_id,
             token_ids=token_ids,
@@ -93,12 +94,16 @@ class StepBatch:
             output_rows=tuple(i for i, row in enumerate(step.rows) if row.HasField("sampling")),
             scored_tokens=scored_tokens,
             target_ids=target_ids,
+            alternatives=alternatives,
         )
 
 
-def _scored(step: pb.Step, starts: NDArray[np.int32], vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The places that rows with `scoring` name, and their targets, [S] each."""
+def _scored(
+    step: pb.Step, starts: NDArray[np.int32], vocab_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[tuple[int, NDArray[np.int64]], ...]]:
+    """The places that rows with `scoring` name, and their targets, [S] each; alternatives of rows' first targets."""
     places, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    alternatives, num_targets = [], 0
     for index, row in enumerate(step.rows):
         if not row.HasField("scoring"):
             continue
@@ -107,10 +112,15 @@ def _scored(step: pb.Step, starts: NDArray[np.int32], vocab_size: int) -> tuple[
             raise _bad(f"row {index} has {count} targets after {first} of its {row.num_tokens} tokens")
         places.append(int(starts[index]) + np.arange(first, first + count))
         targets.append(_int32(row.scoring.target_ids, count, f"target_ids of row {index}").astype(np.int64))
+        if others := row.scoring.alternative_ids:
+            ids = _int32(others, len(others) // 4, f"alternative_ids of row {index}").astype(np.int64)
+            alternatives.append((num_targets, ids))
+        num_targets += count
     scored_tokens, target_ids = np.concatenate(places), np.concatenate(targets)
-    if len(target_ids) and (target_ids.min() < 0 or target_ids.max() >= vocab_size):
-        raise _bad(f"target ids must be in [0, {vocab_size})")
-    return scored_tokens, target_ids
+    for ids in (target_ids, *(ids for _, ids in alternatives)):
+        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise _bad(f"target ids must be in [0, {vocab_size})")
+    return scored_tokens, target_ids, tuple(alternatives)
 
 
 def _int32(data: bytes, count: int, name: str) -> NDArray[np.int32]:

@@ -118,7 +118,8 @@ class StageExecutor:
             for scoring in scored:
                 check_scoring(scoring)
             if scored:
-                scorer = Scorer(batch.target_ids, max(scoring.num_logprobs for scoring in scored), runner.device)
+                most = max(scoring.num_logprobs for scoring in scored)
+                scorer = Scorer(batch.target_ids, most, runner.device, batch.alternatives)
         hidden_TD = None if runner.model.is_first else self._hidden(frame, len(batch.token_ids))
         out = runner.execute(batch, hidden_TD, None if scorer is None else scorer.add)
         if self._logits is None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
 from gateway.engine.deltas import Deltas
 from gateway.grammar import RowMasks, allows_only
 from gateway.metrics import Metrics
 from gateway.sampling import scored_tokens
-from gateway.scheduler import Sequence
+from gateway.scheduler import ScheduledRow, Sequence
 from gateway.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 from stageline.errors import StagelineError
@@ -114,10 +113,10 @@ class ChoiceState:
         if self.finish_reason is not None:
             metrics.finished(self.finish_reason, now_s - self.created_s)
 
-    def add_scores(self, result: pb.RowResult, target_ids: Sequence_[int]) -> None:
+    def add_scores(self, result: pb.RowResult, row: ScheduledRow) -> None:
         """Take the scores of the prompt's next tokens. Raises what `scored_tokens` raises."""
         assert self._scores is not None
-        self._scores += scored_tokens(result, target_ids)
+        self._scores += scored_tokens(result, row.target_ids)
 
     def allowed_tokens(self) -> bytes:
         """Bitmask of the tokens the grammar allows at this position; empty without a grammar, or where it failed, which

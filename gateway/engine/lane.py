@@ -307,7 +307,7 @@ class Lane:
             forced = row.sequence.forced_token_id
             try:
                 if row.target_ids:
-                    choice.add_scores(_result(results, sequence_id), row.target_ids)
+                    choice.add_scores(_result(results, sequence_id), row)
                 if row.wants_output and forced is not None:
                     chosen[sequence_id] = Choice(forced, None)
                 elif row.wants_output:

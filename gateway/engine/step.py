@@ -29,6 +29,7 @@ def build_step(batch: MicroBatch, choices: Mapping[int, ChoiceState | Track]) ->
             row.scoring.num_logprobs = choice.num_prompt_logprobs
             row.scoring.first_token = scheduled.scored_from
             row.scoring.target_ids = _int32(scheduled.target_ids)
+            row.scoring.alternative_ids = _int32(scheduled.alternative_ids)
         if scheduled.wants_output and isinstance(choice, ChoiceState) and choice.sequence.forced_token_id is None:
             row.sampling.CopyFrom(_sampling(scheduled, choice))
     return step

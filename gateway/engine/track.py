@@ -1,8 +1,8 @@
 """Continuations of one context, scored one after another in the same KV blocks. Pure but for the queue.
 
 A prefix cache of full blocks alone would compute the last, partial block of the context again for every continuation. In a
-track that happens once: each continuation is written over the one before it, and the context's last token is computed with
-each, since its logits score the first token. Several tracks run side by side.
+track that happens once: each continuation is written over the one before it. The logits of the context's last token score
+the first token of every continuation of the track, so that one of n tokens costs n - 1. Several tracks run side by side.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence as Sequence_
 
 from gateway.sampling import scored_tokens
-from gateway.scheduler import Sequence
+from gateway.scheduler import ScheduledRow, Sequence
 from gateway.types import ContinuationScore, ScoreRequest, TokenLogprobs
 from stageline.errors import StagelineError
 from stageline.stage.v1 import stage_service_pb2 as pb
@@ -32,9 +32,11 @@ def num_tracks(
     Every track but the first computes what no cache holds of the context: its last block. As many as cost no more than
     MOST_OVERHEAD, and together at most `most_tokens` with the context counted in each: what may wait in the queue.
     """
-    own = (num_context - 1) % block_size_tokens if shares_prefix else num_context - 1
-    affordable = MAX_TRACKS if own == 0 else 1 + int(MOST_OVERHEAD * (num_context + sum(lengths)) / own)
-    return max(1, min(affordable, len(lengths), MAX_TRACKS, most_tokens // (num_context + max(lengths))))
+    own = (num_context - 1) % block_size_tokens + 1 if shares_prefix else num_context
+    needed = num_context + sum(lengths) - len(lengths)
+    affordable = 1 + int(MOST_OVERHEAD * needed / own)
+    num_long = sum(length > 1 for length in lengths)
+    return max(1, min(affordable, num_long, MAX_TRACKS, most_tokens // (num_context + max(lengths))))
 
 
 class Track:
@@ -46,9 +48,13 @@ class Track:
         """`places` of its continuations in the request, the longest first."""
         self.num_prompt_logprobs, self.deltas = request.num_logprobs, scores
         self.ended = False
-        self._places = deque(places)
+        of = request.continuations
+        self._places = deque(place for place in places if place == places[0] or len(of[place]) > 1)
+        self._single = [place for place in places[1:] if len(of[place]) == 1]
+        self._continuations = of
         self._found: list[TokenLogprobs] = []
-        first, *others = (request.continuations[place] for place in places)
+        self._firsts: dict[int, TokenLogprobs] = {}  # of every first token, once the context is computed
+        first = of[places[0]]
         start = len(request.context_token_ids)
         self.sequence = Sequence(
             sequence_id=sequence_id,
@@ -63,29 +69,34 @@ class Track:
             score_from=start,
             forced_token_id=first[-1],
             branch_start=start,
-            next_branches=tuple(others),
+            next_branches=tuple(of[place] for place in places[1:] if len(of[place]) > 1),
+            first_ids=tuple(dict.fromkeys(of[place][0] for place in places[1:] if of[place][0] != first[0])),
         )
 
     def move(self) -> None:
         """Leave the scheduler: what is not scored yet goes on in a new sequence of the same number."""
         self.sequence = self.sequence.successor()
 
-    def add_scores(self, result: pb.RowResult, target_ids: Sequence_[int]) -> None:
-        """Take the scores of the next tokens. Raises what `scored_tokens` raises."""
-        self._found += scored_tokens(result, target_ids)
+    def add_scores(self, result: pb.RowResult, row: ScheduledRow) -> None:
+        """Take the scores of the next tokens; send those of continuations of one token. Raises what `scored_tokens` raises."""
+        scores = scored_tokens(result, row.target_ids, row.alternative_ids)
+        num_targets = len(row.target_ids)
+        self._found += scores[:num_targets]
+        if not self._firsts:
+            self._firsts = {entry.token_id: entry for entry in (scores[0], *scores[num_targets:])}
+            for place in self._single:
+                self._send(place, (self._firsts[self._continuations[place][0]],))
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
         """A continuation is scored up to its last token: send its scores, return whether it was the last one."""
-        self.deltas.put_nowait(
-            ContinuationScore(
-                index=self._places.popleft(),
-                logprobs=tuple(self._found),
-                cached_context_tokens=self.sequence.num_cached_prompt_tokens,
-            )
-        )
-        self._found.clear()
+        self._send(self._places.popleft(), tuple(self._found))
         self.ended = not self._places
+        self._found = [] if self.ended else [self._firsts[self._continuations[self._places[0]][0]]]
         return self.ended
+
+    def _send(self, place: int, logprobs: tuple[TokenLogprobs, ...]) -> None:
+        cached = self.sequence.num_cached_prompt_tokens
+        self.deltas.put_nowait(ContinuationScore(index=place, logprobs=logprobs, cached_context_tokens=cached))
 
     def fail(self, error: StagelineError) -> None:
         """End the whole request with an error."""

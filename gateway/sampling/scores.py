@@ -11,8 +11,10 @@ from stageline.errors import InternalError
 from stageline.stage.v1 import stage_service_pb2 as pb
 
 
-def scored_tokens(result: pb.RowResult, target_ids: Sequence[int]) -> list[TokenLogprobs]:
-    """One entry a target.
+def scored_tokens(
+    result: pb.RowResult, target_ids: Sequence[int], alternative_ids: Sequence[int] = ()
+) -> list[TokenLogprobs]:
+    """One entry a target, then one for each token that could stand in place of the first.
 
     Raises InternalError: NON_FINITE_LOGITS, or RESULT_MISSING where the answer does not fit the question.
     """
@@ -21,13 +23,17 @@ def scored_tokens(result: pb.RowResult, target_ids: Sequence[int]) -> list[Token
     scores, count = result.scores, len(target_ids)
     top_ids = np.frombuffer(scores.top_ids, dtype="<i4")
     lengths = {len(scores.logprobs), len(scores.ranks)}
-    if lengths != {4 * count} or len(scores.top_ids) != len(scores.top_logprobs) or len(top_ids) % count:
+    if (
+        lengths != {4 * (count + len(alternative_ids))}
+        or len(scores.top_ids) != len(scores.top_logprobs)
+        or len(top_ids) % count
+    ):
         raise InternalError("RESULT_MISSING", f"the last stage did not answer for all {count} tokens to score")
     logprobs = np.frombuffer(scores.logprobs, dtype="<f4").tolist()
     ranks = np.frombuffer(scores.ranks, dtype="<i4").tolist()
     ids = top_ids.reshape(count, -1).tolist()
     values = np.frombuffer(scores.top_logprobs, dtype="<f4").reshape(count, -1).tolist()
-    return [
-        TokenLogprobs(token_id, logprob, tuple(zip(ids[i], values[i], strict=True)), rank)
-        for i, (token_id, logprob, rank) in enumerate(zip(target_ids, logprobs, ranks, strict=True))
-    ]
+    tops = [tuple(zip(*both, strict=True)) for both in zip(ids, values, strict=True)]
+    tops += tops[:1] * len(alternative_ids)
+    everything = (*target_ids, *alternative_ids)
+    return [TokenLogprobs(*entry) for entry in zip(everything, logprobs, tops, ranks, strict=True)]

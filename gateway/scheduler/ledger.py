@@ -182,8 +182,8 @@ class Ledger:
     def _filled_keys(self, row: ScheduledRow) -> list[bytes]:
         """Keys of the blocks that a row completes and that may be shared."""
         sequence, end = row.sequence, row.context_len
-        if sequence.branch_start is not None:  # the slot before it is written again by every branch
-            end = min(end, sequence.branch_start - 1)
+        if sequence.branch_start is not None:  # the slots from there on are written again by every branch
+            end = min(end, sequence.branch_start)
         first, last = row.start // self.block_size_tokens, end // self.block_size_tokens
         if first >= last or not self._may_share(sequence):
             return []

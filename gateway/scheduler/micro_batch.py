@@ -35,6 +35,8 @@ class ScheduledRow:
     """Tokens of the row before the first one whose next token is scored."""
     target_ids: tuple[int, ...] = ()
     """Those next tokens; the last of them may belong to a later row, or to none."""
+    alternative_ids: tuple[int, ...] = ()
+    """Other tokens that are scored in place of the first target."""
 
 
 @dataclass(slots=True, eq=False)

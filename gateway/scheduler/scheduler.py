@@ -321,6 +321,7 @@ class Scheduler(Ledger):
             is_prefill=is_prefill,
             scored_from=scored_from,
             target_ids=target_ids,
+            alternative_ids=sequence.alternatives(start, end),
         )
         if is_prefill:
             self._being_filled.update(self._filled_keys(row))

@@ -46,8 +46,10 @@ class Sequence:
     branch_start: int | None = None
     """Tokens before it are the context of the sequence's branches; those from it on are the current one's."""
     next_branches: tuple[tuple[int, ...], ...] = ()
-    """Other continuations of the same context, the longest first and none longer than the current one: scored one after
-    another in the same KV blocks."""
+    """Other continuations of the same context, at least two tokens each, the longest first and none longer than the current
+    one: scored from their second token on, one after another in the same KV blocks."""
+    first_ids: tuple[int, ...] = ()
+    """Tokens that other continuations begin with: scored after the context together with the current branch's first."""
     deaths: dict[str, int] = field(default_factory=dict)
     """Deaths of stages that may have been executing a step of it, since its last token, by stage."""
     run_alone: bool = False
@@ -113,26 +115,33 @@ class Sequence:
             targets += (self.forced_token_id,)
         return (first - start, targets) if targets else (0, ())
 
+    def alternatives(self, start: int, end: int) -> tuple[int, ...]:
+        """Tokens scored in place of the first target of [start, end): where that is the first token of the first branch."""
+        at = self.branch_start
+        return self.first_ids if at is not None and at == self.score_from and start < at <= end else ()
+
     @property
     def num_shareable_tokens(self) -> int:
         """Tokens whose keys and values may come from the prefix cache: not the last one, nor those that score others, nor
         branches."""
-        bounds = (self.num_tokens, self.score_from, self.branch_start)
-        return min(bound for bound in bounds if bound is not None) - 1
+        bound = self.num_tokens - 1
+        if self.score_from is not None:
+            bound = min(bound, self.score_from - 1)
+        return bound if self.branch_start is None else min(bound, self.branch_start)
 
     @property
     def is_branching(self) -> bool:
         """Whether its context is there, so that what comes is one branch after the other."""
-        return self.branch_start is not None and self.num_scheduled_tokens >= self.branch_start - 1
+        return self.branch_start is not None and self.num_scheduled_tokens >= self.branch_start
 
     def start_next_branch(self) -> None:
-        """Go back to the last token of the context, which the next branch's first one is scored by. Not while in flight."""
+        """Go back to the end of the context; the next branch's first token is scored already. Not while in flight."""
         assert self.branch_start is not None
         (*computed, last), *others = self.next_branches
         self.prompt_token_ids = (*self.prompt_token_ids[: self.branch_start], *computed)
         self.forced_token_id, self.next_branches = last, tuple(others)
-        self.score_from = self.branch_start
-        self.num_scheduled_tokens = self.num_computed_tokens = self.branch_start - 1
+        self.score_from = self.branch_start + 1
+        self.num_scheduled_tokens = self.num_computed_tokens = self.branch_start
 
     def keys(self, num_blocks: int, block_size_tokens: int) -> list[bytes]:
         """At least the keys of its first `num_blocks` blocks, all of them full."""
@@ -159,6 +168,7 @@ class Sequence:
             forced_token_id=self.forced_token_id,
             branch_start=self.branch_start,
             next_branches=self.next_branches,
+            first_ids=self.first_ids,
             use_prefix_cache=self.use_prefix_cache,
             cache_salt=self.cache_salt,
             deaths=dict(self.deaths),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_helpers import NUM_LAYERS, VOCAB_SIZE
 from stage_server_helpers import (
@@ -185,6 +186,9 @@ async def test_scoring_that_makes_no_sense_is_refused() -> None:
         pb.Scoring(target_ids=int32(VOCAB_SIZE)),
         pb.Scoring(target_ids=int32(-1)),
         pb.Scoring(target_ids=int32(1), num_logprobs=MAX_UINT32),
+        pb.Scoring(target_ids=int32(1), alternative_ids=b"\x01"),
+        pb.Scoring(target_ids=int32(1), alternative_ids=int32(0, VOCAB_SIZE)),
+        pb.Scoring(alternative_ids=int32(1)),
     ]
     async with running() as stage:
         epoch = await stage.start()
@@ -200,3 +204,14 @@ async def test_scoring_that_makes_no_sense_is_refused() -> None:
             (row,) = (await result(results)).rows
             assert (len(row.scores.logprobs), len(row.scores.ranks), len(row.scores.top_ids)) == (8, 8, 24)
             assert row.candidate_ids  # and it was sampled too
+        others = [*range(1, 40), 1]
+        what = step(2 * len(asked) + 1, 2)
+        what.rows[0].scoring.CopyFrom(
+            pb.Scoring(target_ids=int32(1, 2), num_logprobs=3, alternative_ids=int32(*others))
+        )
+        await send(forward, epoch, what)
+        scores = (await result(results)).rows[0].scores
+        logprobs, ranks = np.frombuffer(scores.logprobs, "<f4"), np.frombuffer(scores.ranks, "<i4")
+        assert (len(logprobs), len(ranks), len(scores.top_ids)) == (42, 42, 24)
+        assert (logprobs[2], ranks[2]) == (logprobs[41], ranks[41]) == (logprobs[0], ranks[0])  # a token has one score
+        assert (np.argsort(-logprobs[2:41]) == np.argsort(ranks[2:41])).all()

@@ -76,6 +76,7 @@ def odd_step(rng: random.Random, step_id: int) -> pb.Step:
         if rng.random() < 0.2:
             row.scoring.target_ids = ints(rng.choice((1, 2, num_tokens if num_tokens < 1000 else 3)))
             row.scoring.first_token = rng.choice((0, 0, 0, 1, MAX_UINT32))
+            row.scoring.alternative_ids = ints(rng.choice((0, 0, 1, 50)))
     what.token_ids = ints(total)
     what.released_sequence_ids.extend(rng.choices((0, 1, 2, MAX_UINT64), k=rng.randrange(3)))
     return what

@@ -56,6 +56,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
         self.waiting_ids: set[int] = set()
         self.num_sequences = 0
         self.wanted: dict[int, deque[int]] = {}  # targets whose scores have not come back
+        self.alternatives_due: set[int] = set()  # sequences whose other first tokens are not scored yet
         self.new_epoch(num_blocks)
 
     def new_epoch(self, num_blocks: int) -> None:
@@ -78,7 +79,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
         lives_s=st.sampled_from([None, None, None, 5.0, 50.0]),
         run_alone=st.sampled_from([False] * 9 + [True]),
         score_from=st.sampled_from([None, None, 1, 5]),
-        branches=st.sampled_from([None, None, None, (1,), (3, 1), (7, 7, 2, 1)]),
+        branches=st.sampled_from([None, None, None, (1,), (3, 2), (7, 7, 2, 2)]),
     )
     def add(
         self,
@@ -108,12 +109,13 @@ class SimulatedPipeline(RuleBasedStateMachine):
                  next_token(sequence_id, num_prompt + length - 1)]
                 for i, length in enumerate(branches)
             ]  # fmt: skip
-            wanted = [token for one in continuations for token in one]
+            wanted = continuations[0] + [token for one in continuations[1:] for token in one[1:]]
             scoring = {
                 "score_from": num_prompt,
                 "forced_token_id": continuations[0][-1],
                 "branch_start": num_prompt,
                 "next_branches": tuple(map(tuple, continuations[1:])),
+                "first_ids": tuple(one[0] for one in continuations[1:]),
             }
             prompt += continuations[0][:-1]
             num_prompt, num_resumed, max_tokens = len(prompt), 0, 1
@@ -147,6 +149,8 @@ class SimulatedPipeline(RuleBasedStateMachine):
             assert len(waiting) < MAX_WAITING
             self.live[sequence_id] = self.sequences[sequence_id] = sequence
             self.wanted[sequence_id] = deque(wanted)
+            if sequence.first_ids:
+                self.alternatives_due.add(sequence_id)
             self.waiting_ids.add(sequence_id)
 
     @precondition(lambda self: self.live)
@@ -273,6 +277,9 @@ class SimulatedPipeline(RuleBasedStateMachine):
             if row.sequence.sequence_id in self.live:
                 due = self.wanted[row.sequence.sequence_id]
                 assert row.target_ids == tuple(due.popleft() for _ in row.target_ids), "scored twice, or left out"
+                if row.alternative_ids:
+                    assert row.start + row.scored_from + 1 == row.sequence.branch_start
+                    self.alternatives_due.remove(row.sequence.sequence_id)
         tokens = {row.sequence.sequence_id: next_token(row.sequence.sequence_id, row.context_len) for row in rows}
         for row in rows:
             assert row.sequence.forced_token_id in (None, tokens[row.sequence.sequence_id])
@@ -283,10 +290,11 @@ class SimulatedPipeline(RuleBasedStateMachine):
             sequence = row.sequence
             if sequence.sequence_id in branching:
                 assert not sequence.finished
-                assert sequence.num_scheduled_tokens == sequence.branch_start - 1
+                assert sequence.num_scheduled_tokens == sequence.branch_start
                 continue
             assert sequence.num_tokens == row.context_len + 1
             assert not self.wanted[sequence.sequence_id], "some tokens were not scored"
+            assert sequence.sequence_id not in self.alternatives_due
             if sequence.num_tokens == sequence.max_total_tokens or sequence.forced_token_id is not None:
                 assert sequence.finished
                 self.end(sequence.sequence_id)

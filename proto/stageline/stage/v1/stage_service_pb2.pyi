@@ -952,6 +952,7 @@ class Scoring(_message.Message):
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
     TARGET_IDS_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    ALTERNATIVE_IDS_FIELD_NUMBER: _builtins.int
     num_logprobs: _builtins.int
     """Top alternatives for each target; at most 1,024."""
     target_ids: _builtins.bytes
@@ -960,16 +961,19 @@ class Scoring(_message.Message):
     """
     first_token: _builtins.int
     """Tokens of the row before the first one whose next token is scored."""
+    alternative_ids: _builtins.bytes
+    """int32, little endian, [m]: other tokens that may stand in place of target 0."""
     def __init__(
         self,
         *,
         num_logprobs: _builtins.int = ...,
         target_ids: _builtins.bytes = ...,
         first_token: _builtins.int = ...,
+        alternative_ids: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "num_logprobs", b"num_logprobs", "target_ids", b"target_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternative_ids", b"alternative_ids", "first_token", b"first_token", "num_logprobs", b"num_logprobs", "target_ids", b"target_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1123,7 +1127,9 @@ Global___RowResult: _TypeAlias = RowResult  # noqa: Y015
 
 @_typing.final
 class Scores(_message.Message):
-    """Scores are natural-log probabilities by the raw logits, computed in float32, for the n targets of a Scoring."""
+    """Scores are natural-log probabilities by the raw logits, computed in float32, for the n targets of a Scoring and its m
+    alternatives.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1132,9 +1138,9 @@ class Scores(_message.Message):
     TOP_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bytes
-    """float32, little endian, [n]: log-probability of each target."""
+    """float32, little endian, [n + m]: log-probability of each target, then of each alternative."""
     ranks: _builtins.bytes
-    """int32, little endian, [n]: 1 + the number of tokens with a higher logit."""
+    """int32, little endian, [n + m]: 1 + the number of tokens with a higher logit."""
     top_ids: _builtins.bytes
     """int32, little endian, [n, num_logprobs]: the highest, by (logit descending, id ascending)."""
     top_logprobs: _builtins.bytes
