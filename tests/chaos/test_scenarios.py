@@ -11,7 +11,7 @@ def test_controller_killed_and_every_stage_rolled() -> None:
     # A process of its own: Ray cannot be started in one process twice with different settings.
     command = [sys.executable, "-m", "tests.chaos.scenarios", "controller", "rolling", "--rounds=1", "--streams=4",
                "--num-tokens=80", "--seed=3"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     summaries = {line["scenario"]: line for line in lines if "faults" in line}
     assert set(summaries) == {"controller", "rolling"}, done.stderr[-4000:]
