@@ -21,7 +21,8 @@ hypothesis.settings.register_profile("stageline", deadline=None)
 hypothesis.settings.load_profile("stageline")
 
 # One at a time, whatever else runs beside them: each starts a Ray cluster, and two of those do not fit on two cores.
-RAY_FILES = {"test_batch_dataset_job.py", "test_chat_command.py", "test_serve.py", "test_serve_config_deploys.py", "test_serve_deploy.py",
+RAY_FILES = {"test_batch_dataset_job.py", "test_chat_command.py", "test_scenarios.py", "test_serve.py",
+             "test_serve_config_deploys.py", "test_serve_deploy.py",
              "test_serve_secure.py", "test_serve_spares.py"}  # fmt: skip
 
 

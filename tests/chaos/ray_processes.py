@@ -73,6 +73,7 @@ class Shape:
     stages_a_node: int = 4
     redis: bool = False
     disk_mib: int = 0
+    import_path: str = "gateway.app:build"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -100,7 +101,7 @@ class RayServe:
         ]
         gateway = {"name": "gateway", "ray_actor_options": {"num_cpus": 0.1, "resources": {"head": 0.01}}}
         declared = {
-            "name": APPLICATION, "route_prefix": "/", "import_path": "gateway.app:build", "args": self.args,
+            "name": APPLICATION, "route_prefix": "/", "import_path": self.shape.import_path, "args": self.args,
             "deployments": [*stages, gateway],
         }  # fmt: skip
         client: Any = _get_global_client()

@@ -30,6 +30,7 @@ from tests.chaos.ray_processes import RayServe, Shape, Stage, alive, ray_serve, 
 
 MOVED_ON_TIMEOUT_S = 180.0
 STOPPED_S = 10.0
+PROXIED = "tests.chaos.proxied_stages:build"
 
 
 @dataclass
@@ -110,6 +111,16 @@ def stopped(run: Run) -> None:
         run.load.moved_on(time.monotonic(), run.streams, MOVED_ON_TIMEOUT_S)
         run.say(f"stopped for {STOPPED_S} s", victim, began_s)
         run.whole()
+
+
+def delay(run: Run) -> None:
+    """50 ± 50 ms before every stage: slow, and nothing else."""
+    epochs = [pipeline.epoch for pipeline in run.serve.pipelines()]
+    for _ in range(run.rounds):
+        wanted = run.load.num_ended + 2 * run.streams
+        run.harm("50 ± 50 ms", run.serve.stages(), lambda wanted=wanted: until(lambda: run.load.num_ended >= wanted, "streams to end", 300.0))  # fmt: skip
+    if epochs != [pipeline.epoch for pipeline in run.serve.pipelines()]:
+        run.load.faults.append("a slow network was taken for a broken one")
 
 
 def gateway(run: Run) -> None:
@@ -229,6 +240,7 @@ SCENARIOS: dict[str, tuple[Callable[[Run], None], Shape]] = {
     "rolling": (rolling, TWO_PIPELINES),
     "scale-down": (scale_down, TWO_PIPELINES),
     "gateway": (gateway, TWO_PIPELINES),
+    "delay": (delay, Shape(replicas=1, import_path=PROXIED, settings={"stages.shared_memory_bytes": 0})),
     "drain": (drain, NODES),
     "raylet": (raylet, NODES),
     "gcs": (gcs, NODES),
