@@ -28,6 +28,7 @@ CHUNK_BYTES = 1 << 20
 POLL_S = 0.5
 MAX_UPLOADS = 10  # of one file, before the server is taken to be unable to keep it
 GIVE_UP_S = 600.0  # without any answer of the server
+FIRST_ANSWER_S = 5.0  # for the first: the address may be wrong
 CALL_TIMEOUT_S = 60.0
 BACKOFF = Backoff(initial_s=0.2, max_s=5.0)
 
@@ -103,7 +104,7 @@ class BatchClient:
                 return self._upload(path, note)
             except (NotFoundError, FailedPreconditionError) as error:
                 # The server was replaced in the middle.
-                if error.reason not in ("UPLOAD_NOT_FOUND", "OFFSET_WRONG") or attempt == MAX_UPLOADS:
+                if error.reason not in ("UPLOAD_NOT_FOUND", "FILE_NOT_FOUND", "OFFSET_WRONG") or attempt == MAX_UPLOADS:
                     raise
                 time.sleep(POLL_S)
         raise AssertionError("the loop returns or raises")
@@ -151,7 +152,7 @@ class BatchClient:
         return self._retried(lambda: method(request, timeout=CALL_TIMEOUT_S, metadata=self._connection.metadata))
 
     def _retried(self, action: Callable[[], T]) -> T:
-        """An error that a retry can cure is only seen after `give_up_s`; at the first call that none answers at once."""
+        """An error that a retry can cure is only seen after `give_up_s`, at the first call after FIRST_ANSWER_S."""
         began_s, failures = time.monotonic(), 0
         while True:
             try:
@@ -168,7 +169,8 @@ class BatchClient:
                 cured = error.code() in (
                     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED,
                 )  # fmt: skip
-                if not cured or not self._reached or time.monotonic() - began_s > self._give_up_s:
+                give_up_s = self._give_up_s if self._reached else min(FIRST_ANSWER_S, self._give_up_s)
+                if not cured or time.monotonic() - began_s > give_up_s:
                     raise typed from None
                 delay_s = BACKOFF.delay_s(
                     failures, random.random(), retry_after_s=float(typed.metadata.get("retry_after_s", 0.0))

@@ -13,6 +13,8 @@ import pytest
 from process_nursery import ToyGateway
 
 from gateway.cli import main
+from gateway.cli.batch_job import BatchClient
+from gateway.cli.connection import Connection
 
 
 @pytest.fixture
@@ -90,6 +92,24 @@ def test_good_and_bad_lines(server, tmp_path, capsys) -> None:
     assert got == batch
     assert main(["batch", "delete", other["id"], *flags(server)]) == 0
     assert [one["id"] for one in run(capsys, "list", *flags(server))[1]["data"]] == [batch["id"]]
+
+
+def test_an_upload_whose_last_call_meets_a_new_server_begins_again(server, tmp_path, monkeypatch) -> None:
+    source = write(tmp_path / "in.jsonl", [line("r-1")])
+    with BatchClient(Connection(server.address)) as client:
+        complete, calls = client._stub.CompleteFile, []
+
+        def cut(request, **how):
+            calls.append(request.file_id)
+            if len(calls) == 1:
+                server.kill()
+                server.start()
+            return complete(request, **how)
+
+        monkeypatch.setattr(client._stub, "CompleteFile", cut)
+        file_id, _ = client.upload(source, lambda text: None)
+        assert calls[-1] == file_id != calls[0]
+        assert client.create(file_id, "key", 0, {}).total == 1
 
 
 def test_kills_lose_and_repeat_no_line(server, state_url, tmp_path, capsys) -> None:

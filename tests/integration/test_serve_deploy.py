@@ -33,7 +33,7 @@ def script(name: str, *args: str) -> list[str]:
     return [str(Path(sys.executable).with_name(name)), *args]
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 150.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"waited in vain for {what}"

@@ -17,6 +17,7 @@ from gateway.api.grpc.servicer import InferenceServicer
 from gateway.api.service import Frontend
 from gateway.engine.choice import ChoiceState
 from gateway.engine.deltas import Deltas
+from gateway.metrics import Metrics
 from gateway.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
 from gateway.types import ChoiceDelta, GenerateRequest, ModelInfo, PipelineStatus, ReplicaStatus, TokenLogprobs
 from stageline.client.collect import Collector
@@ -54,6 +55,7 @@ class ScriptedEngine:
 
     def __init__(self, tokenizer: Tokenizer, scripts: list[list[int]]) -> None:
         self._tokenizer, self._scripts = tokenizer, scripts
+        self.metrics = Metrics("tiny", lambda: ())
 
     def ready(self) -> bool:
         return True
