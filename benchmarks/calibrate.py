@@ -37,7 +37,7 @@ from gateway.bench.measure import checked, latency, throughput
 from gateway.bench.transport import transport
 from gateway.planner.catalogue import MIB, Gpu, read_profile
 from gateway.planner.cluster_plan import make_cluster_plan
-from gateway.planner.cost import Link, Workload, activation_bytes
+from gateway.planner.cost import Link, Workload, activation_bytes, weight_bytes
 from gateway.planner.report import DTYPE_BYTES
 from gateway.planner.split import split
 from gateway.planner.types import ClusterPlan, Request
@@ -229,7 +229,7 @@ class Setup:
                 self.gpu,
                 name=f"{self.gpu.name}-{index}",
                 memory_bytes=KV_BYTES
-                + num_parameters(self.config, layers) * size
+                + weight_bytes(self.config, layers, self.gpu, size)
                 + self.gpu.reserve_bytes
                 + activation_bytes(self.config, workload, size, last=layers.is_last(self.config)),
             )
@@ -266,10 +266,9 @@ class Setup:
             "output_tokens_per_s": run(streams, THROUGHPUT).output_tokens_per_s,
             "ttft_ms": 1000 * run(1, FIRST).ttft_s["p50"],
             "kv_tokens": plan.kv_capacity_tokens,
-            "memory_mib": sum(
-                stage.memory.used_bytes - stage.memory.activation_bytes for stage in plan.stages
-            ) / MIB,
-        }  # fmt: skip
+            # With the activations: allocators keep what they had at the peak.
+            "memory_mib": sum(stage.memory.used_bytes for stage in plan.stages) / MIB,
+        }
 
 
 async def measure(address: str, streams: int, repeats: int, rounds: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from gateway.planner.cost import (
     activation_bytes,
     stage_cost,
     stage_seconds,
+    weight_bytes,
 )
 from gateway.planner.report import DTYPE_BYTES
 from gateway.planner.split import check_num_stages, cut, resolve_layers, split, to_ranges
@@ -116,7 +117,7 @@ def _plan(request: Request, gpus: Sequence[Gpu], ranges: Sequence[LayerRange], n
                 gpu=gpu.name,
                 layers=str(layers),
                 num_layers=len(layers),
-                parameters=weights // size,
+                parameters=num_parameters(config, layers),
                 weight_bytes=weights,
                 kv_bytes_per_token=per_token,
                 kv_capacity_tokens=max(0, free) // (per_token * block) * block,
@@ -154,7 +155,7 @@ def _plan(request: Request, gpus: Sequence[Gpu], ranges: Sequence[LayerRange], n
 def _sizes(request: Request, gpu: Gpu, layers: LayerRange) -> tuple[int, int, int, int]:
     """Bytes of a stage: weights, activations, KV of a token, and what is left for the KV cache (may be below 0)."""
     config, size = request.config, DTYPE_BYTES[request.dtype]
-    weights = num_parameters(config, layers) * size
+    weights = weight_bytes(config, layers, gpu, size)
     activations = activation_bytes(config, request.workload, size, last=layers.is_last(config))
     free = int(gpu.memory_bytes * request.usable_fraction) - gpu.reserve_bytes - activations - weights
     return weights, activations, kv_bytes_per_token(config, layers, size), free

@@ -125,6 +125,15 @@ def stage_seconds(config: ModelConfig, layers: LayerRange, gpu: Gpu, step: Step,
     return gpu.step_overhead_s + len(layers) * layer_seconds(config, gpu, step, dtype_bytes) + head
 
 
+def weight_bytes(config: ModelConfig, layers: LayerRange, gpu: Gpu, dtype_bytes: int) -> int:
+    """Weights of a stage. On the cores of a host (`gpu.host`) products have a layout of their own, so that a stage that looks up
+    tied embeddings and multiplies with them holds them twice."""
+    parameters = num_parameters(config, layers)
+    if gpu.host is not None and config.tie_word_embeddings and len(layers) == config.num_layers:
+        parameters += config.vocab_size * config.hidden_size
+    return parameters * dtype_bytes
+
+
 def activation_bytes(config: ModelConfig, workload: Workload, dtype_bytes: int, *, last: bool) -> int:
     """Largest sum of live tensors besides weights and cache while a full micro-batch is computed.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gateway.planner.catalogue import find_model_config
-from gateway.planner.cost import Workload, activation_bytes
+from gateway.planner.catalogue import Host, find_model_config, gpus
+from gateway.planner.cost import Workload, activation_bytes, weight_bytes
 from stages.attention.varlen import VarlenAttention
 from stages.kv_cache import KVCache
 from stages.models.qwen2 import Qwen2Stage
@@ -89,3 +90,18 @@ def test_a_full_micro_batch_stays_within_the_planned_activations(layers: LayerRa
             assert logits_RV.shape == (count, CONFIG.vocab_size)
             torch.logsumexp(logits_RV, dim=-1)
             assert bytes_.peak - before <= planned, (bytes_.peak - before, planned)
+
+
+def test_tied_embeddings_are_there_twice_where_the_host_packs_them() -> None:
+    config = find_model_config("qwen2-0.5b")
+    assert config.tie_word_embeddings
+    gpu = gpus()["a100-80g"]
+    cpu = replace(gpu, host=Host(cores=2, busy=None))
+    whole, half = LayerRange(0, config.num_layers), LayerRange(0, config.num_layers // 2)
+    table = 2 * config.vocab_size * config.hidden_size
+    assert weight_bytes(config, whole, gpu, 2) == 2 * num_parameters(config, whole)
+    assert weight_bytes(config, whole, cpu, 2) == 2 * num_parameters(config, whole) + table
+    assert weight_bytes(config, half, cpu, 2) == 2 * num_parameters(config, half)
+    assert weight_bytes(CONFIG, LayerRange(0, CONFIG.num_layers), cpu, 2) == 2 * num_parameters(
+        CONFIG, LayerRange(0, CONFIG.num_layers)
+    )
