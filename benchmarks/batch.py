@@ -109,18 +109,21 @@ async def measure(url: str, address: str, folder: Path, args: argparse.Namespace
         began_s = time.perf_counter()
         checked(await load.closed_loop([shape] * args.calm_lines, args.concurrency))
         plain = args.calm_lines / (time.perf_counter() - began_s)
+    _say(f"{plain:.2f} plain requests a second")
     calm = await run_batch(folder, "calm", args.calm_lines, shape, address, args.seed + 1)
+    _say(f"{calm:.2f} lines of a batch a second")
     alone = await gaps_beside(address, args.streams, args.seed, lambda: asyncio.sleep(args.alone_s))
     beside = await gaps_beside(
         address, args.streams, args.seed,
         lambda: run_batch(folder, "beside", args.calm_lines, shape, address, args.seed + 2),
     )  # fmt: skip
+    p99 = percentiles(alone)["p99"], percentiles(beside)["p99"]
+    _say(f"p99 between tokens: {p99[0]} ms alone, {p99[1]} ms beside a batch")
     every_s = args.lines / calm / (args.kills + 1)
     killer = asyncio.create_task(kill_often(url, args.kills, every_s, rng, lost))
     killed = await run_batch(folder, "killed", args.lines, shape, address, args.seed + 3)
     killer.cancel()
     await asyncio.gather(killer, return_exceptions=True)
-    p99 = percentiles(alone)["p99"], percentiles(beside)["p99"]
     return {
         "requests_per_s": round(plain, 2),
         "batch_lines_per_s": round(calm, 2),
@@ -133,9 +136,14 @@ async def measure(url: str, address: str, folder: Path, args: argparse.Namespace
     }
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def main() -> int:
     """Serve, measure, print."""
     parser = options(__doc__)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--lines", type=int, default=20_000, help="of the batch with kills")
     parser.add_argument("--calm-lines", type=int, default=1_000, help="of the other batches")
     parser.add_argument("--kills", type=int, default=10)
@@ -147,10 +155,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        flags = [f"--batch.state-url=sqlite:///{folder}/state.db", f"--batch.max-concurrency={args.concurrency}"]
+        flags = [
+            f"--batch.state-url=sqlite:///{folder}/state.db", f"--batch.max-concurrency={args.concurrency}",
+            f"--dtype={args.dtype}",
+        ]  # fmt: skip
         with serving_doors(args.model, args.stages, *flags) as (url, address):
             figures = asyncio.run(measure(url, address, Path(folder), args))
-    print(json.dumps({**about("batch", args), "lines": args.lines, **figures}, indent=2))
+    print(json.dumps({**about("batch", args), "dtype": args.dtype, "lines": args.lines, **figures}, indent=2))
     return 0
 
 
