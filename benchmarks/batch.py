@@ -34,21 +34,23 @@ INTERACTIVE = Shape(64, 64)
 GATEWAY = "ray::ServeReplica:stageline:gateway"
 
 
-def write_lines(path: Path, count: int, shape: Shape, seed: int) -> None:
+def write_lines(path: Path, count: int, shape: Shape, vocabulary: int, seed: int) -> None:
     """A batch input: greedy completions of random token ids."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
-            ids = [rng.randrange(100, VOCABULARY) for _ in range(shape.prompt_tokens)]
+            ids = [rng.randrange(100, vocabulary) for _ in range(shape.prompt_tokens)]
             body = {"prompt": ids, "max_tokens": shape.new_tokens, "temperature": 0}
             line = {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
 
 
-async def run_batch(folder: Path, name: str, count: int, shape: Shape, address: str, seed: int) -> float:
+async def run_batch(
+    folder: Path, name: str, count: int, shape: Shape, vocabulary: int, address: str, seed: int
+) -> float:
     """Lines a second from submission to the file; every custom_id is there exactly once."""
     source, out = folder / f"{name}.jsonl", folder / f"{name}.out.jsonl"
-    write_lines(source, count, shape, seed)
+    write_lines(source, count, shape, vocabulary, seed)
     began_s = time.perf_counter()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "gateway.cli", "batch", "submit", str(source), "--output-file", str(out), "--wait",
@@ -105,23 +107,24 @@ async def measure(url: str, address: str, folder: Path, args: argparse.Namespace
     """All parts, one after another."""
     shape, rng, lost = Shape(args.prompt_tokens, args.new_tokens), random.Random(args.seed), list[int]()
     async with Generator(address, args.seed) as load:
+        vocabulary = min(VOCABULARY, load.model.vocab_size)
         await load.closed_loop([shape] * args.concurrency, args.concurrency)  # warm
         began_s = time.perf_counter()
         checked(await load.closed_loop([shape] * args.calm_lines, args.concurrency))
         plain = args.calm_lines / (time.perf_counter() - began_s)
     _say(f"{plain:.2f} plain requests a second")
-    calm = await run_batch(folder, "calm", args.calm_lines, shape, address, args.seed + 1)
+    calm = await run_batch(folder, "calm", args.calm_lines, shape, vocabulary, address, args.seed + 1)
     _say(f"{calm:.2f} lines of a batch a second")
     alone = await gaps_beside(address, args.streams, args.seed, lambda: asyncio.sleep(args.alone_s))
     beside = await gaps_beside(
         address, args.streams, args.seed,
-        lambda: run_batch(folder, "beside", args.calm_lines, shape, address, args.seed + 2),
+        lambda: run_batch(folder, "beside", args.calm_lines, shape, vocabulary, address, args.seed + 2),
     )  # fmt: skip
     p99 = percentiles(alone)["p99"], percentiles(beside)["p99"]
     _say(f"p99 between tokens: {p99[0]} ms alone, {p99[1]} ms beside a batch")
     every_s = args.lines / calm / (args.kills + 1)
     killer = asyncio.create_task(kill_often(url, args.kills, every_s, rng, lost))
-    killed = await run_batch(folder, "killed", args.lines, shape, address, args.seed + 3)
+    killed = await run_batch(folder, "killed", args.lines, shape, vocabulary, address, args.seed + 3)
     killer.cancel()
     await asyncio.gather(killer, return_exceptions=True)
     return {
