@@ -49,7 +49,8 @@ class Track:
         self.num_prompt_logprobs, self.deltas = request.num_logprobs, scores
         self.ended = False
         of = request.continuations
-        self._places = deque(place for place in places if place == places[0] or len(of[place]) > 1)
+        branches = [place for place in places[1:] if len(of[place]) > 1]
+        self._places = deque([places[0], *branches])
         self._single = [place for place in places[1:] if len(of[place]) == 1]
         self._continuations = of
         self._found: list[TokenLogprobs] = []
@@ -69,7 +70,7 @@ class Track:
             score_from=start,
             forced_token_id=first[-1],
             branch_start=start,
-            next_branches=tuple(of[place] for place in places[1:] if len(of[place]) > 1),
+            next_branches=tuple(of[place] for place in branches),
             first_ids=tuple(dict.fromkeys(of[place][0] for place in places[1:] if of[place][0] != first[0])),
         )
 
