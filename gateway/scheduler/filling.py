@@ -14,6 +14,9 @@ COHORT_SLOWDOWN = 8.0
 """The same while nothing decodes that did so before the prompt arrived. Prompts that came together are best computed together:
 each small chunk pays the fixed cost of a step again, and of a burst the first to decode would pace all others."""
 
+BACKGROUND_SLOWDOWN = 1.4
+"""How many times longer than its other decode rows alone a micro-batch may take because of the background's rows."""
+
 
 def num_groups(*, num_stages: int, fixed_s: float | None, overhead_s: float | None) -> int:
     """Into how many micro-batches in flight decode sequences are dealt out.

@@ -45,6 +45,8 @@ class Ledger:
         self.limits = limits or SchedulerLimits()
         self.num_preemptions = 0
         """Since the scheduler was made. A growing number means too few KV blocks."""
+        self.num_background = 0
+        """Live sequences of negative priority."""
         self.costs = StepCosts()
 
         self._pool = BlockPool(num_blocks)
@@ -89,6 +91,7 @@ class Ledger:
         sequence.arrival = self._num_added
         self._num_added += 1
         self._sequences[sequence.sequence_id] = sequence
+        self.num_background += sequence.is_background
         if sequence.resumed:
             self._queue_again(sequence)
         else:
@@ -237,6 +240,7 @@ class Ledger:
         if sequence is None:
             return False
         sequence.finished = True
+        self.num_background -= sequence.is_background
         self._alone.pop(sequence_id, None)
         if sequence.request_key is not None:
             siblings = self._by_request[sequence.request_key]

@@ -17,13 +17,18 @@ Why it never deadlocks. Running sequences have one total order that never change
    all of their priority that never ran, and `WaitingQueue` starves nobody: every sequence ends.
 
 Admission leaves one free block for each running sequence, so that those admitted are not preempted again at once.
+
+Sequences of negative priority (batches) are the background. While others run, these are dealt out first, as if there were no
+background; it gets what makes the micro-batch little longer, and at least one token, so that it ends too.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 
 from gateway.scheduler.filling import (
+    BACKGROUND_SLOWDOWN,
     COHORT_SLOWDOWN,
     DECODE_SLOWDOWN,
     decode_target,
@@ -61,9 +66,11 @@ class Scheduler(Ledger):
         if self._alone:
             self._schedule_alone(step_id, rows)
         else:
-            self._schedule_decodes(step_id, rows, num_free_slots)
-            budget = self._schedule_prefills(step_id, rows)
-            self._admit(step_id, rows, budget)
+            if 0 < self.num_background < len(self._sequences):
+                self._fill(step_id, rows, num_free_slots, background=False)
+                self._fill_background(step_id, rows, num_free_slots)
+            else:
+                self._fill(step_id, rows, num_free_slots)
             if not rows and not self._in_flight:
                 self._schedule_decodes(step_id, rows, num_free_slots, last_resort=True)
         if not rows:
@@ -83,18 +90,63 @@ class Scheduler(Ledger):
         groups = num_groups(num_stages=self.num_stages, fixed_s=self.costs.fixed_s, overhead_s=self.costs.overhead_s)
         return min(groups, self.max_in_flight)
 
-    def _schedule_decodes(
-        self, step_id: int, rows: list[ScheduledRow], num_free_slots: int, *, last_resort: bool = False
+    def _fill(
+        self, step_id: int, rows: list[ScheduledRow], num_free_slots: int, *, background: bool | None = None
     ) -> None:
-        """Decode rows, longest wait first. One that finds no block keeps its place for the next micro-batch."""
+        """Decodes, then prompts: of all sequences, or of those in the background, or of the others."""
+        self._schedule_decodes(step_id, rows, num_free_slots, background=background)
+        self._schedule_prefills(step_id, rows, self._prefill_budget(rows, len(rows), background), background)
+
+    def _fill_background(self, step_id: int, rows: list[ScheduledRow], num_free_slots: int) -> None:
+        """The background, beside the rows of the foreground."""
+        if all(one.is_background for one in self._running.values()):  # the others wait for its blocks
+            self._fill(step_id, rows, num_free_slots, background=True)
+            return
+        num_foreground = len(rows)
+        num_decodes = sum(not row.is_prefill for row in rows)
+        most = self.costs.most_decodes(beside=num_decodes, slowdown=BACKGROUND_SLOWDOWN)
+        self._schedule_decodes(
+            step_id, rows, num_free_slots, background=True, most=None if most is None else max(1, most)
+        )
+        budget = self._prefill_budget(rows, num_decodes, background=True)
+        num_taken = len(rows) - num_foreground
+        tokens = self.costs.most_prefill_tokens(
+            num_decodes=num_decodes, slowdown=BACKGROUND_SLOWDOWN, context_tokens=0, more_decodes=num_taken
+        )
+        if tokens is not None:
+            budget = min(budget, max(tokens, 0 if num_taken else 1))
+        self._schedule_prefills(step_id, rows, budget, background=True)
+
+    def _of(self, sequences: Iterable[Sequence], background: bool | None) -> list[Sequence]:
+        return [one for one in sequences if background is None or one.is_background == background]
+
+    def _num_decoding_of(self, background: bool | None) -> int:
+        """Running sequences past prefill, those whose last chunk is in flight included."""
+        running, prefilling = self._running.values(), self._prefilling.values()
+        return len(self._of(running, background)) - len(self._of(prefilling, background))
+
+    def _schedule_decodes(
+        self,
+        step_id: int,
+        rows: list[ScheduledRow],
+        num_free_slots: int,
+        *,
+        background: bool | None = None,
+        most: int | None = None,
+        last_resort: bool = False,
+    ) -> None:
+        """Decode rows, longest wait first, `most` of them. One that finds no block keeps its place for the next micro-batch."""
+        ready = self._of(self._ready.values(), background)
         target = decode_target(
-            num_ready=len(self._ready),
-            num_decoding=self._num_decoding,
+            num_ready=len(ready),
+            num_decoding=self._num_decoding_of(background),
             num_groups=num_free_slots + len(self._in_flight),
             num_free_slots=num_free_slots,
         )
-        target = min(target, self.limits.max_step_sequences, self.limits.max_step_tokens)
-        for sequence in list(self._ready.values()):
+        if most is not None:
+            target = min(target, most)
+        target = min(len(rows) + min(target, self._room(rows)), self.limits.max_step_sequences)
+        for sequence in ready:
             if len(rows) >= target:
                 break
             # It may have been preempted by one before it.
@@ -140,16 +192,16 @@ class Scheduler(Ledger):
         num_held = sum(len(one.block_table) - one.num_shared_blocks for one in own)
         return num_held > 0 and num_held + num_more_blocks > self.limits.max_request_kv_fraction * self._pool.num_blocks
 
-    def _schedule_prefills(self, step_id: int, rows: list[ScheduledRow]) -> int:
-        """Chunks of running prompts, in service order. Returns the prefill tokens left for new ones.
+    def _schedule_prefills(
+        self, step_id: int, rows: list[ScheduledRow], budget: int, background: bool | None = None
+    ) -> None:
+        """Chunks of running prompts, then first ones of waiting prompts, `budget` tokens, in service order.
 
         Of sequences with branches no more than an even share over the stages: they come again when they return, as decodes do, and
         all together would be in one stage at a time.
         """
-        prompts = sorted(self._prefilling.values(), key=_rank)
-        budget = self._prefill_budget(prompts, len(rows))
         branches_left = -(-sum(one.is_branching for one in self._running.values()) // self.num_stages)
-        for sequence in prompts:
+        for sequence in sorted(self._of(self._prefilling.values(), background), key=_rank):
             if budget == 0 or len(rows) == self.limits.max_step_sequences:
                 break
             if sequence.is_branching and not branches_left:
@@ -157,16 +209,23 @@ class Scheduler(Ledger):
             if not self._waits_for_prefix(sequence):
                 branches_left -= sequence.is_branching
                 budget -= self._prefill_row(step_id, rows, sequence, budget)
-        return budget
+        self._admit(step_id, rows, budget, background)
 
-    def _prefill_budget(self, prompts: list[Sequence], num_decodes: int) -> int:
-        backlog = self.backlog_tokens
-        if not backlog:
+    def _room(self, rows: list[ScheduledRow]) -> int:
+        """Tokens that may be added to these rows."""
+        return self.limits.max_step_tokens - sum(row.num_tokens for row in rows)
+
+    def _prefill_budget(self, rows: list[ScheduledRow], num_decodes: int, background: bool | None) -> int:
+        """Prefill tokens to add to these rows, of which so many are decodes that they may hold up."""
+        prompts = self._of(self._prefilling.values(), background)
+        waiting = self._waiting.num_tokens_of(background)
+        unscheduled = sum(one.num_tokens - one.num_scheduled_tokens for one in prompts)
+        backlog = waiting + unscheduled
+        if not backlog or not self._room(rows):
             return 0
-        unscheduled = backlog - self._waiting.num_tokens
         free_tokens = self._pool.num_free * self.block_size_tokens + unscheduled
         begun = sum(prompt.num_scheduled_tokens for prompt in prompts)
-        first = prompts[0] if prompts else self._waiting.first()
+        first = min(prompts, key=_rank) if prompts else self._waiting.first()
         context = 0 if first is None else first.num_scheduled_tokens
         token_s = self.costs.prefill_token_s(context)
         chunks = num_chunks(
@@ -180,28 +239,32 @@ class Scheduler(Ledger):
             backlog_tokens=backlog + sum(self._in_flight_prefill) if chunks is None else backlog + begun,
             num_chunks=self.max_in_flight if chunks is None else chunks,
             free_kv_fraction=min(1.0, free_tokens / (self._pool.num_blocks * self.block_size_tokens)),
-            num_decoding=self._num_decoding,
+            num_decoding=self._num_decoding_of(background),
             most_beside_decodes=most,
-            room_tokens=self.limits.max_step_tokens - num_decodes,
+            room_tokens=self._room(rows),
             max_step_tokens=self.limits.max_step_tokens,
             min_prefill_tokens=self.limits.min_prefill_tokens,
         )
 
     def _came_to_decodes(self, prompt: Sequence) -> bool:
-        """Whether something decoded already when it arrived."""
-        running = self._running.values()
-        return any(one.decodes_since is not None and one.decodes_since <= prompt.arrival for one in running)
+        """Whether something that it must not hold up decoded already when it arrived."""
+        return any(
+            one.decodes_since is not None and one.decodes_since <= prompt.arrival
+            for one in self._running.values()
+            if prompt.is_background or not one.is_background
+        )
 
-    def _admit(self, step_id: int, rows: list[ScheduledRow], budget: int) -> None:
+    def _admit(self, step_id: int, rows: list[ScheduledRow], budget: int, background: bool | None) -> None:
         """First chunks of waiting sequences, in service order, as long as tokens, rows and blocks last.
 
-        One whose request has its share of the cache is passed over; one that finds no blocks is waited for.
+        One whose request has its share of the cache is passed over; one that finds no blocks is waited for, and so is one of the
+        other kind whose turn it is.
         """
         limits = self.limits
         max_running = limits.max_step_sequences * self.max_in_flight  # more could never be in flight together
         while budget and len(rows) < limits.max_step_sequences and len(self._running) < max_running:
             sequence = self._waiting.first(self._may_be_admitted)
-            if sequence is None or not self._allocate(sequence):
+            if sequence is None or background not in (None, sequence.is_background) or not self._allocate(sequence):
                 break
             budget -= self._prefill_row(step_id, rows, sequence, budget)
 

@@ -98,6 +98,11 @@ class Sequence:
         """
         return self.arrival - self.priority * PRIORITY_HEAD_START, self.arrival
 
+    @property
+    def is_background(self) -> bool:
+        """Whether it gives way to all that are not: it may not make their steps much longer."""
+        return self.priority < 0
+
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Token ids at positions [start, end) of prompt and output together."""
         num_prompt = len(self.prompt_token_ids)

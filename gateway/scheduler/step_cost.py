@@ -10,6 +10,7 @@ OUTLIER = (
 )
 MEMORY = 0.95  # what remains of older prefill chunks after a newer one
 RECENT_CHUNK = 0.2  # weight of the newest chunk beside decodes
+LEAST_S = 1e-9  # what seems to take less is not divided by
 MOST_DEARER = 8.0  # a chunk that seems to cost more was held up by something else
 
 
@@ -72,22 +73,41 @@ class StepCosts:
 
     @property
     def fixed_s(self) -> float | None:
-        """What a step costs however few rows it has."""
-        return min(self._decode_s.values(), default=None)
+        """What a step costs however few rows it has; None before it was measured, and where no clock can measure it."""
+        return _measured(min(self._decode_s.values(), default=0.0))
 
     def prefill_token_s(self, context_tokens: int) -> float | None:
-        """One more prefill token at this context; None before any was measured."""
+        """One more prefill token at this context; None before any was measured, and where no clock can measure it."""
         if not self._tokens_tokens:
             return None
         base, slope = self._fit()
-        return base + slope * context_tokens
+        return _measured(base + slope * context_tokens)
 
-    def most_prefill_tokens(self, *, num_decodes: int, slowdown: float, context_tokens: int) -> int | None:
-        """Prefill tokens at this context that make a step of `num_decodes` rows `slowdown` times as long."""
-        alone_s, token_s = self.decode_s(max(1, num_decodes)), self.prefill_token_s(context_tokens)
-        if alone_s is None or not token_s:
+    @property
+    def row_s(self) -> float | None:
+        """What a decode row more costs: the slope of the line through the averages; None until it is known to be more than 0."""
+        if len(self._decode_s) < 2:
             return None
-        return int((slowdown - 1) * alone_s / (token_s * self._dearer))
+        mean_rows = sum(self._decode_s) / len(self._decode_s)
+        mean_s = sum(self._decode_s.values()) / len(self._decode_s)
+        above = sum((rows - mean_rows) * (seconds - mean_s) for rows, seconds in self._decode_s.items())
+        slope = above / sum((rows - mean_rows) ** 2 for rows in self._decode_s)
+        return _measured(slope)
+
+    def most_decodes(self, *, beside: int, slowdown: float) -> int | None:
+        """Decode rows that make a step of `beside` others `slowdown` times as long; None while nothing says so."""
+        alone_s, row_s = self.decode_s(max(1, beside)), self.row_s
+        return None if alone_s is None or row_s is None else int((slowdown - 1) * alone_s / row_s)
+
+    def most_prefill_tokens(
+        self, *, num_decodes: int, slowdown: float, context_tokens: int, more_decodes: int = 0
+    ) -> int | None:
+        """Prefill tokens at this context that, with `more_decodes` rows, make a step of `num_decodes` rows `slowdown` times as long."""
+        alone_s, token_s = self.decode_s(max(1, num_decodes)), self.prefill_token_s(context_tokens)
+        if alone_s is None or token_s is None:
+            return None
+        spare_s = (slowdown - 1) * alone_s - more_decodes * (self.row_s or 0.0)
+        return max(0, int(spare_s / (token_s * self._dearer)))
 
     def _fit(self) -> tuple[float, float]:
         """(a, b), neither negative: where one would be, the other explains all."""
@@ -102,6 +122,10 @@ class StepCosts:
             if base < 0:
                 return 0.0, ys / yy
         return xs / xx, 0.0
+
+
+def _measured(seconds: float) -> float | None:
+    return seconds if seconds > LEAST_S else None
 
 
 def _size(num_rows: int) -> int:

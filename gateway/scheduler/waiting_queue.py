@@ -70,6 +70,7 @@ class WaitingQueue:
         self.counters = VirtualTokenCounters()
         self.num_tokens = 0
         """Tokens to prefill for all of them, where nothing is cached."""
+        self._num_background_tokens = 0  # of them, of those in the background
         self._levels: dict[int, _Level] = {}
         self._num_waiting_by_tenant: dict[str, int] = {}  # those that never ran
         self._len = 0
@@ -99,8 +100,7 @@ class WaitingQueue:
             if tenant not in level.ordered:
                 level.ordered.add(tenant)
                 heappush(level.order, (self.counters.of(tenant), level.tenants[tenant][0].arrival, tenant))
-        self._len += 1
-        self.num_tokens += sequence.num_tokens
+        self._count(sequence, 1)
 
     def first(self, allowed: Allowed = lambda sequence: True) -> Sequence | None:
         """The next sequence that is allowed to go."""
@@ -136,8 +136,18 @@ class WaitingQueue:
                 self.counters.leave(tenant)
         if not level:
             del self._levels[sequence.priority]
-        self._len -= 1
-        self.num_tokens -= sequence.num_tokens
+        self._count(sequence, -1)
+
+    def num_tokens_of(self, background: bool | None) -> int:
+        """`num_tokens` of all, of those in the background, or of the others."""
+        if background is None:
+            return self.num_tokens
+        return self._num_background_tokens if background else self.num_tokens - self._num_background_tokens
+
+    def _count(self, sequence: Sequence, sign: int) -> None:
+        self._len += sign
+        self.num_tokens += sign * sequence.num_tokens
+        self._num_background_tokens += sign * sequence.num_tokens * sequence.is_background
 
     def _in_order(self) -> list[_Level]:
         late = [level for level in self._levels.values() if level.num_overtaken >= PRIORITY_HEAD_START]

@@ -181,3 +181,75 @@ def test_a_second_request_with_the_same_beginning_answers_at_once() -> None:
         pipeline.run(lambda: False)
         times.append(pipeline.now_s - begun_s)
     assert second_s[0] <= 0.25 * first_s[0]
+
+
+class Load:
+    """Requests of one shape, `num_streams` at a time, for ever."""
+
+    def __init__(
+        self, pipeline: ClockedPipeline, num_streams: int, shape: tuple[int, int], first_id: int, priority: int
+    ):
+        self._pipeline, self._shape, self._priority = pipeline, shape, priority
+        self._next_id, self._live = first_id, set[int]()
+        self.done: list[int] = []
+        for _ in range(num_streams):
+            self._add()
+
+    def _add(self) -> None:
+        self._pipeline.add(self._next_id, *self._shape, priority=self._priority)
+        self._live.add(self._next_id)
+        self._next_id += 1
+
+    def refill(self) -> None:
+        for sequence_id in [one for one in self._live if len(self._pipeline.token_times[one]) == self._shape[1]]:
+            self._live.remove(sequence_id)
+            self.done.append(sequence_id)
+            self._add()
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_a_batch_beside_streams_hardly_slows_them_and_goes_on(num_stages: int) -> None:
+    p99, lines = {}, {}
+    for batch in (None, -100, 0):
+        pipeline = make_pipeline(num_stages)
+        warm_up(pipeline)
+        loads = [Load(pipeline, 4, (64, 64), 0, 0)]
+        if batch is not None:
+            loads.append(Load(pipeline, 32, (32, 8), 100_000, batch))
+
+        def late(loads=loads, pipeline=pipeline) -> bool:
+            for load in loads:
+                load.refill()
+            return pipeline.now_s > 60
+
+        pipeline.run(late)
+        p99[batch] = quantile([gap for one in loads[0].done for gap in gaps(pipeline.token_times[one])], 0.99)
+        lines[batch] = len(loads[-1].done)
+    assert p99[-100] <= 1.5 * p99[None]
+    assert p99[0] > 1.4 * p99[None], "as many equals do slow them: else nothing is shown here"
+    assert lines[-100] >= 60, "a line a second"
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_a_batch_alone_is_as_fast_as_any_requests(num_stages: int) -> None:
+    took_s = {}
+    for priority in (0, -100):
+        pipeline = make_pipeline(num_stages)
+        warm_up(pipeline)
+        for sequence_id in range(64):
+            pipeline.add(sequence_id, 32, 8, priority=priority)
+        pipeline.run(lambda: False)
+        took_s[priority] = pipeline.now_s
+    assert took_s[-100] == took_s[0]
+
+
+def test_streams_that_wait_for_the_blocks_of_a_batch_do_not_slow_it() -> None:
+    pipeline = make_pipeline(1)
+    warm_up(pipeline)
+    for sequence_id in range(60):  # all blocks
+        pipeline.add(sequence_id, 480, 50, priority=-100)
+    pipeline.run(lambda: all(pipeline.token_times[i] for i in range(50)))
+    pipeline.add(1000, 4096, 2)
+    begun_s = pipeline.now_s
+    pipeline.run(lambda: bool(pipeline.token_times[1000]))
+    assert pipeline.now_s - begun_s <= 30

@@ -108,7 +108,9 @@ class Generation(_message.Message):
     the call's metadata `x-request-id` is taken, and where that is missing, one is drawn.
     """
     priority: _builtins.int
-    """Optional. From -100 to 100; higher goes first, 0 is normal. A tenant may be allowed less."""
+    """Optional. From -100 to 100; higher goes first, 0 is normal. A tenant may be allowed less. Below 0 it is in the
+    background: it hardly slows requests that are not.
+    """
     num_choices: _builtins.int
     """Optional. Answers to generate, at least 1. Default 1."""
     best_of: _builtins.int
