@@ -118,6 +118,11 @@ class ChoiceState:
         assert self._scores is not None
         self._scores += scored_tokens(result, row.target_ids)
 
+    @property
+    def mask_is_late(self) -> bool:
+        """Whether its grammar is slow and still at work on the next position."""
+        return self.masks is not None and self.masks.slow and not self.masks.ready.done()
+
     def allowed_tokens(self) -> bytes:
         """Bitmask of the tokens the grammar allows at this position; empty without a grammar, or where it failed, which
         fails the request."""

@@ -23,6 +23,7 @@ def check_integrity(ledger: Ledger) -> None:
         assert not sequence.registered
         assert sequence.num_computed_tokens == sequence.num_scheduled_tokens == 0
     assert not ledger._prefilling.keys() & ledger._ready.keys()
+    assert ledger._held <= ledger._ready.keys()
     for sequence_id, sequence in running.items():
         steps = [step.step_id for step in ledger._in_flight if any(row.sequence is sequence for row in step.rows)]
         assert list(sequence.in_flight_steps) == steps

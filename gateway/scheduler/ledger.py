@@ -56,6 +56,7 @@ class Ledger:
         self._by_request: dict[int, dict[int, Sequence]] = {}  # live ones of requests that have a key
         self._prefilling: dict[int, Sequence] = {}  # of the running: not all tokens scheduled yet
         self._ready: dict[int, Sequence] = {}  # of the running: one token to decode, not in flight; longest wait first
+        self._held: set[int] = set()  # of the ready ones: those that must not be scheduled yet
         self._alone: dict[int, Sequence] = {}  # live ones that must run alone
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; also of sequences that ended
         self._in_flight: deque[MicroBatch] = deque()
@@ -263,6 +264,15 @@ class Ledger:
         sequence.run_alone = True
         self._alone[sequence_id] = sequence
 
+    def hold(self, sequence_id: int) -> None:
+        """Do not schedule the next token of a sequence, which just got one, before `let_go`."""
+        if sequence_id in self._ready:
+            self._held.add(sequence_id)
+
+    def let_go(self, sequence_id: int) -> None:
+        """End a `hold`; does nothing where there is none any more."""
+        self._held.discard(sequence_id)
+
     def _start_running(self, sequence: Sequence, block_table: array[int], num_shared_blocks: int) -> None:
         sequence.block_table, sequence.num_shared_blocks = block_table, num_shared_blocks
         self._running[sequence.sequence_id] = sequence
@@ -273,6 +283,7 @@ class Ledger:
         del self._running[sequence.sequence_id]
         self._prefilling.pop(sequence.sequence_id, None)
         self._ready.pop(sequence.sequence_id, None)
+        self._held.discard(sequence.sequence_id)
         self._pool.free(sequence.block_table, last_step=sequence.in_flight_steps[-1] if sequence.in_flight_steps else 0)
         sequence.block_table = array("i")
         if sequence.registered:
@@ -291,6 +302,7 @@ class Ledger:
         self._last_step_id = 0
         self._prefilling.clear()
         self._ready.clear()
+        self._held.clear()
         for sequence in [sequence for sequence in self._waiting if sequence.resumed]:
             self._waiting.remove(sequence)
             self._queue_again(sequence)

@@ -56,7 +56,7 @@ class Scheduler(Ledger):
     def schedule(self) -> MicroBatch | None:
         """The next micro-batch; None when nothing can run now or as many as are useful are out.
 
-        With nothing in flight, None means that there are no sequences.
+        With nothing in flight, None means that there are no sequences, or some are held (`hold`).
         """
         num_free_slots = self._most_in_flight() - len(self._in_flight)
         if num_free_slots <= 0:
@@ -136,7 +136,7 @@ class Scheduler(Ledger):
         last_resort: bool = False,
     ) -> None:
         """Decode rows, longest wait first, `most` of them. One that finds no block keeps its place for the next micro-batch."""
-        ready = self._of(self._ready.values(), background)
+        ready = [one for one in self._of(self._ready.values(), background) if one.sequence_id not in self._held]
         target = decode_target(
             num_ready=len(ready),
             num_decoding=self._num_decoding_of(background),
@@ -353,7 +353,7 @@ class Scheduler(Ledger):
                 self._preempt(others.pop())
         if sequence.sequence_id in self._prefilling:
             self._prefill_row(step_id, rows, sequence, self.limits.max_step_tokens)
-        elif sequence.sequence_id in self._ready:
+        elif sequence.sequence_id in self._ready and sequence.sequence_id not in self._held:
             while others and not self._pool.num_free:
                 self._preempt(others.pop())
             if self._has_slot(sequence, last_resort=True):

@@ -174,7 +174,8 @@ class SimulatedPipeline(RuleBasedStateMachine):
         step = self.scheduler.schedule()
         if step is None:
             full = len(self.flying) >= self.scheduler.max_in_flight
-            assert full or self.flying or not self.live, "nothing is in flight and nothing is scheduled: a deadlock"
+            idle = full or self.flying or not self.live or self.scheduler._held
+            assert idle, "nothing is in flight and nothing is scheduled: a deadlock"
             return
         self.check(step)
         if self.scheduler.num_preemptions == preemptions:
@@ -196,6 +197,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
         assert len({row.sequence.sequence_id for row in step.rows}) == len(step.rows)
         for row in step.rows:
             sequence = row.sequence
+            assert sequence.sequence_id not in self.scheduler._held
             everything = [*sequence.prompt_token_ids, *sequence.output_token_ids]
             assert self.live[sequence.sequence_id] is sequence, "a row of a sequence that ended"
             assert list(row.token_ids) == everything[row.start : row.start + row.num_tokens]
@@ -339,6 +341,16 @@ class SimulatedPipeline(RuleBasedStateMachine):
         self.new_epoch(num_blocks)
         assert self.scheduler.num_waiting == len(self.live)
 
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 50))
+    def hold(self, pick: int) -> None:
+        self.scheduler.hold(sorted(self.live)[pick % len(self.live)])
+
+    @rule()
+    def let_go(self) -> None:
+        for sequence_id in self.live:
+            self.scheduler.let_go(sequence_id)
+
     @rule(max_in_flight=st.integers(1, 5))
     def set_max_in_flight(self, max_in_flight: int) -> None:
         self.scheduler.max_in_flight = max_in_flight
@@ -354,6 +366,7 @@ class SimulatedPipeline(RuleBasedStateMachine):
         """Everything that is alive ends, within the steps that computing all of it one by one could take."""
         if not hasattr(self, "scheduler"):
             return
+        self.let_go()
         limit = 50 + 20 * sum(sequence.max_total_tokens for sequence in self.live.values())
         for _ in range(limit):
             if not self.live:

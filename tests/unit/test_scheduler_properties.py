@@ -56,6 +56,10 @@ def run_workload(seed: int) -> tuple[int, int]:
             pipeline.reset(num_blocks=rng.randint(6, 24))
         elif may_disturb and action > 0.963 and pipeline.live:
             pipeline.run_alone(pick=rng.randrange(100))
+        if rng.random() < 0.05 and pipeline.live:
+            pipeline.hold(pick=rng.randrange(100))
+        elif rng.random() < 0.1:
+            pipeline.let_go()
         pipeline.holds()
     pipeline.teardown()
     return pipeline.scheduler.num_preemptions, pipeline.num_cached_tokens
