@@ -1,4 +1,7 @@
-"""What the scheduler knows, and how it changes when something happens. The choices are in scheduler.py."""
+"""What the scheduler knows, and how it changes when something happens. The choices are in scheduler.py.
+
+Over 400 lines: nearly every transition changes several of the same tables, and they are only right together.
+"""
 
 from __future__ import annotations
 
