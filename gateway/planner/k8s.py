@@ -98,7 +98,7 @@ def _check(plan: ClusterPlan, deployment: Deployment) -> None:
             field="model.path",
             value=plan.model,
         )
-    for section, fields in deployment.config.model_dump(exclude_defaults=True).items():
+    for section, fields in deployment.config.model_dump(exclude_unset=True).items():
         for key in fields:
             if f"{section}.{key}" in _NOT_HERE:
                 raise ConfigError(

@@ -115,6 +115,7 @@ def test_spare_gpus_is_another_name_of_stages_spares(tmp_path: Path) -> None:
         (("--image", "a b"), "--image"),
         (("--storage-class", "'"), "--storage-class"),
         (("--spare-gpus", "-1"), "stages.spares"),
+        (("--stages.device", "cpu"), "stages.device is decided by the plan"),
         (("--gpu-dollars-per-hour", "2"), "manifests hold no prices"),
         (("--output-dir", "/proc/nothing"), "/proc/nothing"),
     ],
