@@ -9,7 +9,7 @@ import sys
 import time
 
 os.environ.setdefault(
-    "VLLM_CPU_KVCACHE_SPACE", "4"
+    "VLLM_CPU_KVCACHE_SPACE", "1"
 )  # GiB; by itself it takes nearly all memory, which others here use too
 
 from vllm import LLM, SamplingParams  # in its own environment

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gateway.engine.deltas import Deltas
 from gateway.grammar import RowMasks, allows_only
 from gateway.metrics import Metrics
-from gateway.sampling import scored_tokens
+from gateway.sampling import make_sampling, scored_tokens
 from gateway.scheduler import ScheduledRow, Sequence
 from gateway.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from gateway.types import ChoiceDelta, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
@@ -37,6 +37,8 @@ class ChoiceState:
     ) -> None:
         self.params: SamplingParams = request.sampling
         self.index, self.deltas = index, deltas
+        self.asked = make_sampling(self.params, choice_index=index)
+        """What every step asks of the last stage for this choice."""
         self.ended = False
         self.finish_reason: FinishReason | None = None
         self.created_s = time.monotonic()

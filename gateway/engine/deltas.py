@@ -136,5 +136,7 @@ class Deltas:
 
 
 def _size(delta: ChoiceDelta) -> int:
+    if not delta.logprobs and not delta.prompt_logprobs:
+        return len(delta.token_ids)
     scored = (*delta.logprobs, *(delta.prompt_logprobs or ()))
     return len(delta.token_ids) + sum(1 + len(one.top) for one in scored)

@@ -8,7 +8,6 @@ import numpy as np
 
 from gateway.engine.choice import ChoiceState
 from gateway.engine.track import Track
-from gateway.sampling import make_sampling
 from gateway.scheduler import MicroBatch, ScheduledRow
 from stageline.stage.v1 import stage_service_pb2 as pb
 
@@ -31,22 +30,20 @@ def build_step(batch: MicroBatch, choices: Mapping[int, ChoiceState | Track]) ->
             row.scoring.target_ids = _int32(scheduled.target_ids)
             row.scoring.alternative_ids = _int32(scheduled.alternative_ids)
         if scheduled.wants_output and isinstance(choice, ChoiceState) and choice.sequence.forced_token_id is None:
-            row.sampling.CopyFrom(_sampling(scheduled, choice))
+            _ask(row.sampling, scheduled, choice)
     return step
 
 
-def _sampling(row: ScheduledRow, choice: ChoiceState) -> pb.Sampling:
-    register = row.needs_registration and choice.params.has_penalties()
-    output = tuple(row.sequence.output_token_ids[: row.output_position])
-    sampling = make_sampling(
-        choice.params,
-        choice_index=choice.index,
-        output_position=row.output_position,
-        suppressed=choice.suppressed(row.output_position),
-        registration=(row.sequence.prompt_token_ids, output) if register else None,
-    )
-    sampling.allowed_token_bitmask = choice.allowed_tokens()
-    return sampling
+def _ask(sampling: pb.Sampling, row: ScheduledRow, choice: ChoiceState) -> None:
+    sampling.CopyFrom(choice.asked)
+    sampling.output_position = row.output_position
+    if suppressed := choice.suppressed(row.output_position):
+        sampling.suppressed_token_ids.extend(suppressed)
+    if mask := choice.allowed_tokens():
+        sampling.allowed_token_bitmask = mask
+    if row.needs_registration and choice.params.has_penalties():
+        sampling.registration.prompt_token_ids = _int32(row.sequence.prompt_token_ids)
+        sampling.registration.output_token_ids = _int32(row.sequence.output_token_ids[: row.output_position])
 
 
 def _int32(values: Sequence[int]) -> bytes:

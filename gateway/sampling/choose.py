@@ -102,7 +102,7 @@ def make_sampling(
     params: SamplingParams,
     *,
     choice_index: int,
-    output_position: int,
+    output_position: int = 0,
     suppressed: tuple[int, ...] = (),
     registration: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
 ) -> pb.Sampling:

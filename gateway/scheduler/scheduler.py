@@ -118,10 +118,14 @@ class Scheduler(Ledger):
         self._schedule_prefills(step_id, rows, budget, background=True)
 
     def _of(self, sequences: Iterable[Sequence], background: bool | None) -> list[Sequence]:
-        return [one for one in sequences if background is None or one.is_background == background]
+        if background is None:
+            return list(sequences)
+        return [one for one in sequences if one.is_background == background]
 
     def _num_decoding_of(self, background: bool | None) -> int:
         """Running sequences past prefill, those whose last chunk is in flight included."""
+        if background is None:
+            return self._num_decoding
         running, prefilling = self._running.values(), self._prefilling.values()
         return len(self._of(running, background)) - len(self._of(prefilling, background))
 
@@ -136,7 +140,9 @@ class Scheduler(Ledger):
         last_resort: bool = False,
     ) -> None:
         """Decode rows, longest wait first, `most` of them. One that finds no block keeps its place for the next micro-batch."""
-        ready = [one for one in self._of(self._ready.values(), background) if one.sequence_id not in self._held]
+        ready = self._of(self._ready.values(), background)
+        if self._held:
+            ready = [one for one in ready if one.sequence_id not in self._held]
         target = decode_target(
             num_ready=len(ready),
             num_decoding=self._num_decoding_of(background),

@@ -31,6 +31,7 @@ class Tokenizer:
     ) -> None:
         """`backend` has a byte-level decoder. `model_vocab_size` is the number of rows of the model's embedding."""
         self._backend = backend
+        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for
         self.chat_template = chat_template
         self.special_tokens = MappingProxyType(dict(special_tokens or {}))
         self.eos_token_ids = tuple(eos_token_ids)
@@ -72,8 +73,11 @@ class Tokenizer:
                 "TOKEN_ID_OUT_OF_RANGE", f"token id {token_id} is out of range; ids are in [0, {self.num_ids})",
                 field="token_ids", value=token_id, num_ids=self.num_ids,
             )  # fmt: skip
-        token = self._backend.id_to_token(token_id)
-        return b"" if token is None else bytes_of(token)
+        data = self._bytes.get(token_id)
+        if data is None:
+            token = self._backend.id_to_token(token_id)
+            data = self._bytes[token_id] = b"" if token is None else bytes_of(token)
+        return data
 
 
 def bytes_of(token: str) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
 from gateway.api import request_id
 from gateway.api.grpc.conversation import chat_prompt
 from gateway.api.raw import Prompt, RawRequest, RawResume, TextPrompt, TokenPrompt
@@ -30,7 +32,6 @@ NAMES = {
     **{name: f"generation.output.{name}" for name in gen.OutputOptions.DESCRIPTOR.fields_by_name},
 }
 _FINISH = {
-    None: gen.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: gen.FINISH_REASON_STOP,
     FinishReason.LENGTH: gen.FINISH_REASON_LENGTH,
     FinishReason.TOOL_CALLS: gen.FINISH_REASON_TOOL_CALLS,
@@ -128,21 +129,21 @@ def start(accepted: Accepted, model: ModelInfo) -> gen.GenerationStart:
     )
 
 
-def choice_delta(delta: ChoiceDelta, tokenizer: Tokenizer) -> gen.ChoiceDelta:
-    """A delta, with the bytes of the tokens beside their log-probabilities."""
-    return gen.ChoiceDelta(
-        index=delta.index,
-        text=delta.text,
-        token_ids=delta.token_ids,
-        logprobs=[token_logprobs(entry, tokenizer) for entry in delta.logprobs],
-        finish_reason=_FINISH[delta.finish_reason],
-        matched_stop=delta.matched_stop,
-        tool_calls=[
-            gen.ToolCallDelta(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
-            for call in delta.tool_calls
-        ],
-        prompt_logprobs=[token_logprobs(entry, tokenizer) for entry in delta.prompt_logprobs or ()],
-    )
+def add_delta(
+    choices: RepeatedCompositeFieldContainer[gen.ChoiceDelta], delta: ChoiceDelta, tokenizer: Tokenizer
+) -> None:
+    """Append a delta, with the bytes of the tokens beside their log-probabilities. Most have nothing but an index, a text and a
+    token, and a server sends as many as tokens: what a delta does not have is not touched."""
+    message = choices.add(index=delta.index, text=delta.text, token_ids=delta.token_ids)
+    if delta.logprobs:
+        message.logprobs.extend(token_logprobs(entry, tokenizer) for entry in delta.logprobs)
+    if delta.prompt_logprobs:
+        message.prompt_logprobs.extend(token_logprobs(entry, tokenizer) for entry in delta.prompt_logprobs)
+    for call in delta.tool_calls:
+        message.tool_calls.add(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
+    if delta.finish_reason is not None:
+        message.finish_reason = _FINISH[delta.finish_reason]
+        message.matched_stop = delta.matched_stop
 
 
 def usage(accepted: Accepted, completion_tokens: int, cached_prompt_tokens: int) -> gen.Usage:

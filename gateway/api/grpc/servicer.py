@@ -30,11 +30,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         frontend = self._frontend
         accepted = await frontend.accept(convert.raw_request(request.generation, _deadline_s(context)))
         answer = await frontend.collect(accepted)
-        return pb.GenerateResponse(
+        response = pb.GenerateResponse(
             start=convert.start(accepted, frontend.model),
-            choices=[convert.choice_delta(choice, frontend.tokenizer) for choice in answer.choices],
             usage=convert.usage(accepted, answer.completion_tokens, answer.cached_prompt_tokens),
         )
+        for choice in answer.choices:
+            convert.add_delta(response.choices, choice, frontend.tokenizer)
+        return response
 
     async def StreamGenerate(
         self, request: pb.StreamGenerateRequest, context: Any
@@ -51,7 +53,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             async for delta in deltas:
                 completion_tokens += len(delta.token_ids)
                 cached_tokens = min(cached_tokens, delta.cached_prompt_tokens)
-                yield pb.StreamGenerateResponse(choices=[convert.choice_delta(delta, frontend.tokenizer)])
+                response = pb.StreamGenerateResponse()
+                convert.add_delta(response.choices, delta, frontend.tokenizer)
+                yield response
         yield pb.StreamGenerateResponse(usage=convert.usage(accepted, completion_tokens, cached_tokens))
 
     async def Score(self, request: scoring_pb2.ScoreRequest, context: Any) -> scoring_pb2.ScoreResponse:
