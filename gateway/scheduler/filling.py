@@ -14,7 +14,7 @@ COHORT_SLOWDOWN = 8.0
 """The same while nothing decodes that did so before the prompt arrived. Prompts that came together are best computed together:
 each small chunk pays the fixed cost of a step again, and of a burst the first to decode would pace all others."""
 
-BACKGROUND_SLOWDOWN = 1.4
+BACKGROUND_SLOWDOWN = 1.3
 """How many times longer than its other decode rows alone a micro-batch may take because of the background's rows."""
 
 

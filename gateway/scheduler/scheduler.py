@@ -104,14 +104,16 @@ class Scheduler(Ledger):
             return
         num_foreground = len(rows)
         num_decodes = sum(not row.is_prefill for row in rows)
-        most = self.costs.most_decodes(beside=num_decodes, slowdown=BACKGROUND_SLOWDOWN)
+        # A step with a prompt of the foreground is long enough for its streams.
+        slowdown = 1.0 if num_decodes < num_foreground else BACKGROUND_SLOWDOWN
+        most = self.costs.most_decodes(beside=num_decodes, slowdown=slowdown)
         self._schedule_decodes(
             step_id, rows, num_free_slots, background=True, most=None if most is None else max(1, most)
         )
         budget = self._prefill_budget(rows, num_decodes, background=True)
         num_taken = len(rows) - num_foreground
         tokens = self.costs.most_prefill_tokens(
-            num_decodes=num_decodes, slowdown=BACKGROUND_SLOWDOWN, context_tokens=0, more_decodes=num_taken
+            num_decodes=num_decodes, slowdown=slowdown, context_tokens=0, more_decodes=num_taken
         )
         if tokens is not None:
             budget = min(budget, max(tokens, 0 if num_taken else 1))
