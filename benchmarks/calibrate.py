@@ -3,7 +3,8 @@
     python -m benchmarks.calibrate --model DIR [--profile FILE] [--stages 1 2 4] [--streams 16] [--output json]
 
 First a profile: one process with one thread computes steps of many sizes with a third, two thirds and all of the layers, alone and
-beside copies of itself on the other cores, whose memory bandwidth they share; hops are timed between two processes. With --profile it
+beside copies of itself on the other cores, whose memory bandwidth they share, and beside twice as many, which empty each other's
+caches; hops are timed between two processes, and what they cost the cores beside computing is taken from a server with a stage a core. With --profile it
 is read from FILE, or measured and written there, in the format that `stageline plan` and `simulate` read. Then for each number of
 stages `stageline serve` runs, each stage with one thread, and is measured through its gRPC door. The planner says what decodes, memory
 and KV capacity should be, the simulator what a mixed load should: prompts and decodes of clients that send again. Nothing is fitted to the
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.host_costs import host_costs
 from benchmarks.report import here
 from benchmarks.servers import serving
 from gateway.bench.load import Generator, Shape
@@ -53,6 +55,7 @@ CHUNKS = (64, 256, 512)
 FAR = 512  # tokens before those of a step, where attention is timed
 THROUGHPUT, DECODE, FIRST = Shape(128, 64), Shape(64, 128), Shape(512, 8)
 KV_BYTES = 256 << 20
+STREAMS = 16
 NAME = "calibrated"  # of the device in a profile
 _barrier: Any = None  # of the processes of a profile
 
@@ -123,10 +126,10 @@ def _time_steps(model: str, dtype: str, repeats: int) -> dict[str, Any]:
 
     def once(end: int, rows: int, tokens: int, context: int) -> float:
         header = step(rows, tokens, context)
-        began = time.perf_counter()
+        began = time.thread_time()  # on a core, however many share it
         out = executors[end].execute(StepFrame(1, number, header), time.monotonic_ns())
         assert not out.failed, out.header
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     def in_turn(shape: tuple[int, int, int]) -> list[dict[int, float]]:
         """Differences between executors are taken within a turn, so that a drift of the machine cancels."""
@@ -189,6 +192,11 @@ def device(model: str, dtype: str, repeats: int, say: Callable[[str], None]) -> 
     alone = profile(model, dtype, 1, repeats)
     say(f"profile of {cores} processes at once")
     busy = profile(model, dtype, cores, repeats)
+    say(f"profile of {2 * cores} processes at once")
+    crowded = profile(model, dtype, 2 * cores, repeats)
+    say(f"what {cores} stages take beside computing")
+    with serving(model, cores, *_flags(dtype)) as address:
+        costs = asyncio.run(host_costs(address, STREAMS, seconds=10.0))
     say("hops")
     link = link_of(repeats)
 
@@ -205,7 +213,7 @@ def device(model: str, dtype: str, repeats: int, say: Callable[[str], None]) -> 
         "reserve_mib": alone["process_bytes"] / MIB,
         "step_overhead_s": alone["step_overhead_s"],
         "measured": tables(alone),
-        "host": {"cores": cores, "busy": tables(busy)},
+        "host": {"cores": cores, "busy": tables(busy), "crowded": tables(crowded), **costs},
     }
 
 
@@ -306,6 +314,14 @@ def link_of(repeats: int) -> Link:
     return Link(latency_s=small_s / 2, bytes_per_s=rate, software_bytes_per_s=rate)
 
 
+def _flags(dtype: str) -> tuple[str, ...]:
+    """Of `stageline serve`."""
+    return (
+        "--dtype", dtype, "--stages.num-threads", "1", "--kv-cache.memory-bytes", str(KV_BYTES),
+        "--kv-cache.prefix-caching", "false",
+    )  # fmt: skip
+
+
 def table(rows: dict[int, dict[str, dict[str, float]]]) -> str:
     """Markdown."""
     lines = ["| stages | figure | predicted | measured | off by |", "|---|---|---|---|---|"]
@@ -334,11 +350,7 @@ def calibrate(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str,
     for count in args.stages:
         say(f"{count} stages")
         predicted = setup.predict(count, args.streams)
-        flags = (
-            "--dtype", args.dtype, "--stages.num-threads", "1", "--kv-cache.memory-bytes", str(KV_BYTES),
-            "--kv-cache.prefix-caching", "false",
-        )  # fmt: skip
-        with serving(args.model, count, *flags) as address:
+        with serving(args.model, count, *_flags(args.dtype)) as address:
             measured = asyncio.run(measure(address, args.streams, args.repeats, args.rounds))
         rows[count] = {
             name: {
@@ -362,7 +374,7 @@ def main() -> int:
     parser.add_argument("--profile", metavar="FILE", help="read it from there; measured and written if there is none")
     parser.add_argument("--dtype", choices=sorted(DTYPE_BYTES), default="float32")
     parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 4], help="none: the profile alone")
-    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=4, help="requests of each stream in a throughput run")
     parser.add_argument("--gateway-step-us", type=float, default=1e6 * GatewayCost().step_s)

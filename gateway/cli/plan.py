@@ -144,7 +144,8 @@ def make_request(args: argparse.Namespace, config: Config, known: Mapping[str, G
     host = host_of(devices)
     if args.cores is not None:
         devices = tuple(
-            replace(gpu, host=Host(cores=args.cores, busy=None if host is None else host.busy)) for gpu in devices
+            replace(gpu, host=Host(cores=args.cores) if host is None else replace(host, cores=args.cores))
+            for gpu in devices
         )
     model_config = find_model_config(config.model.path, config.model.revision)
     if args.context_tokens > model_config.max_position_embeddings:

@@ -35,11 +35,29 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """One machine that computes all stages, on `cores` processors, one each at a time. `busy` are the times while all of its
-    cores compute, which share memory bandwidth and caches; None: the same as alone."""
+    """One machine that computes all stages, on `cores` processors, one each at a time.
+
+    `busy` are the times while all of its cores compute, which share memory bandwidth (None: the same as alone), `crowded` the
+    seconds of a core while twice as many processes compute, which empty each other's caches (None: as `busy`). A stage takes a
+    core for `hop_core_s` more a step (receiving, sending), beside its compute thread; what does not belong to stages takes
+    `background_cores` all the time.
+    """
 
     cores: int
     busy: Measured | None = None
+    crowded: Measured | None = None
+    hop_core_s: float = 0.0
+    background_cores: float = 0.0
+
+    def load(self, num_computing: int) -> float:
+        """0 for one process that computes, 1 for as many as cores, 2 for twice as many and more."""
+        if num_computing > self.cores:
+            return 1 + min(1.0, (num_computing - self.cores) / self.cores)
+        return (num_computing - 1) / (self.cores - 1) if self.cores > 1 else 0.0
+
+    def capacity(self, num_computing: int) -> float:
+        """Cores for so many processes."""
+        return min(float(num_computing), max(0.5, self.cores - self.background_cores))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +81,14 @@ class Gpu:
     measured: Measured | None = None
     host: Host | None = None
 
-    def when_busy(self) -> Gpu:
-        """The same device while all cores of its host compute."""
-        busy = None if self.host is None else self.host.busy
-        return self if busy is None else replace(self, measured=busy)
+    def under_load(self) -> tuple[Gpu, Gpu, Gpu]:
+        """The same device alone on its host, while all cores compute, and while twice as many processes do."""
+        host, busy = self.host, self
+        if host is None:
+            return self, self, self
+        if host.busy is not None and host.cores > 1:
+            busy = replace(self, measured=host.busy)
+        return self, busy, busy if host.crowded is None else replace(self, measured=host.crowded)
 
 
 def host_of(devices: Sequence[Gpu]) -> Host | None:
@@ -223,9 +245,11 @@ def _gpu(name: str, values: Mapping[str, Any]) -> Gpu:
 
 
 def _host(values: Mapping[str, Any]) -> Host:
-    if values.keys() - {"cores", "busy"} or int(values["cores"]) < 1:
-        raise ValueError("host has cores, at least 1, and busy")
-    return Host(cores=int(values["cores"]), busy=_measured(values["busy"]) if "busy" in values else None)
+    numbers = {name: float(values.get(name, 0.0)) for name in ("hop_core_s", "background_cores")}
+    if values.keys() - {"cores", "busy", "crowded", *numbers} or int(values["cores"]) < 1 or min(numbers.values()) < 0:
+        raise ValueError("host has cores, at least 1, busy, crowded, hop_core_s and background_cores, none below 0")
+    busy, crowded = (_measured(values[name]) if name in values else None for name in ("busy", "crowded"))
+    return Host(cores=int(values["cores"]), busy=busy, crowded=crowded, **numbers)
 
 
 def _measured(values: Mapping[str, Any]) -> Measured:

@@ -10,6 +10,7 @@ from gateway.planner.catalogue import Gpu, host_of
 from gateway.planner.cost import (
     Step,
     activation_bytes,
+    at_load,
     stage_cost,
     stage_seconds,
     weight_bytes,
@@ -228,19 +229,19 @@ def _together(
 ) -> list[float]:
     """Seconds of a step on each stage while up to `at_once` of them compute: on a shared host slower than alone."""
     host, size = host_of(gpus), DTYPE_BYTES[request.dtype]
-    computing = 1 if host is None else min(at_once, host.cores, len(gpus))
-    share = (computing - 1) / (host.cores - 1) if host is not None and host.cores > 1 else 0.0
-    seconds = []
-    for gpu, layers in zip(gpus, ranges, strict=True):
-        alone_s, busy_s = (stage_seconds(request.config, layers, one, step, size) for one in (gpu, gpu.when_busy()))
-        seconds.append(alone_s + share * (busy_s - alone_s))
-    return seconds
+    load = 0.0 if host is None else host.load(min(at_once, len(gpus)))
+    return [
+        at_load([stage_seconds(request.config, layers, one, step, size) for one in gpu.under_load()], load)
+        for gpu, layers in zip(gpus, ranges, strict=True)
+    ]
 
 
 def _on_cores(request: Request, seconds: Sequence[float]) -> float:
     """Seconds that the cores of a shared host need for a step on all stages; 0 where each stage has its own device."""
     host = host_of(request.gpus)
-    return 0.0 if host is None else sum(seconds) / host.cores
+    if host is None:
+        return 0.0
+    return (sum(seconds) + len(seconds) * host.hop_core_s) / host.capacity(2 * host.cores)
 
 
 def scaled(request: Request, resource: str, factor: float) -> Request:

@@ -125,6 +125,14 @@ def stage_seconds(config: ModelConfig, layers: LayerRange, gpu: Gpu, step: Step,
     return gpu.step_overhead_s + len(layers) * layer_seconds(config, gpu, step, dtype_bytes) + head
 
 
+def at_load(seconds: Sequence[float], load: float) -> float:
+    """Of `Gpu.under_load` and `Host.load`: seconds on a core, interpolated."""
+    alone_s, busy_s, crowded_s = seconds
+    if load <= 1:
+        return alone_s + load * (busy_s - alone_s)
+    return busy_s + (load - 1) * (crowded_s - busy_s)
+
+
 def weight_bytes(config: ModelConfig, layers: LayerRange, gpu: Gpu, dtype_bytes: int) -> int:
     """Weights of a stage. On the cores of a host (`gpu.host`) products have a layout of their own, so that a stage that looks up
     tied embeddings and multiplies with them holds them twice."""

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from gateway.planner.catalogue import Host
+from gateway.planner.cost import at_load
+
 Action = Callable[[], None]
+Seconds = tuple[float, float, float]
+"""On a core: of a job alone, while all cores compute, and while twice as many jobs do."""
 TINY_S = 1e-12  # what rounding may leave of a job
 
 
@@ -43,59 +48,54 @@ class Spent:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    alone_s: float
-    busy_s: float
+    seconds: Seconds
     then: Callable[[Spent], None]
     began_s: float
     left: float = 1.0
     core_s: float = 0.0
 
-    def seconds(self, share_busy: float) -> float:
-        return self.alone_s + share_busy * (self.busy_s - self.alone_s)
-
 
 class Cores:
-    """`count` processors that jobs share evenly, as a kernel's fair scheduler does (None: each job has its own).
+    """The cores of a host that jobs share evenly, as a kernel's fair scheduler does (None: each job has its own).
 
-    While m jobs compute, each has min(1, count / m) of a core. On it a whole job takes as long as it does alone, or beside
-    others up to its `busy_s`, in proportion to the cores that compute.
+    While m jobs compute, each has an even part of the cores, and takes on them as long as `Host.load` of m says.
     """
 
-    def __init__(self, clock: Clock, count: int | None) -> None:
-        self._clock, self._count = clock, count
+    def __init__(self, clock: Clock, host: Host | None) -> None:
+        self._clock, self._host = clock, host
         self._jobs: list[_Job] = []
         self._updated_s = 0.0
         self._plan = 0  # outdates the event that waits for the next end
 
-    def run(self, alone_s: float, busy_s: float, then: Callable[[Spent], None]) -> None:
-        """Compute a job that takes `alone_s` alone and `busy_s` while all cores compute; then call `then`."""
-        if self._count is None:
-            self._clock.after(alone_s, lambda: then(Spent(alone_s, alone_s)))
+    def run(self, seconds: Seconds, then: Callable[[Spent], None]) -> None:
+        """Compute a job; then call `then`."""
+        if self._host is None:
+            self._clock.after(seconds[0], lambda: then(Spent(seconds[0], seconds[0])))
             return
         self._advance()
-        self._jobs.append(_Job(alone_s, busy_s, then, self._clock.now_s))
+        self._jobs.append(_Job(seconds, then, self._clock.now_s))
         self._await_next()
 
     def _speeds(self) -> tuple[float, float]:
-        """Of a core, the share that each job has; of the cores but one, the share that computes."""
-        assert self._count is not None
-        computing = min(len(self._jobs), self._count)
-        return computing / len(self._jobs), (computing - 1) / (self._count - 1) if self._count > 1 else 0.0
+        """Of a core, the share that each job has; and the load."""
+        assert self._host is not None
+        num_jobs = len(self._jobs)
+        return self._host.capacity(num_jobs) / num_jobs, self._host.load(num_jobs)
 
     def _advance(self) -> None:
         """Bring all jobs up to now."""
         passed_s, self._updated_s = self._clock.now_s - self._updated_s, self._clock.now_s
         if passed_s and self._jobs:
-            share, busy = self._speeds()
+            share, load = self._speeds()
             for job in self._jobs:
-                job.left -= passed_s * share / max(job.seconds(busy), TINY_S)
+                job.left -= passed_s * share / max(at_load(job.seconds, load), TINY_S)
                 job.core_s += passed_s * share
 
     def _await_next(self) -> None:
         self._plan += 1
         if self._jobs:
-            share, busy = self._speeds()
-            soonest_s = min(job.left * job.seconds(busy) for job in self._jobs) / share
+            share, load = self._speeds()
+            soonest_s = min(job.left * at_load(job.seconds, load) for job in self._jobs) / share
             plan = self._plan
             self._clock.after(max(0.0, soonest_s), lambda: self._end(plan))
 
@@ -103,8 +103,8 @@ class Cores:
         if plan != self._plan:
             return
         self._advance()
-        _, busy = self._speeds()
-        ended = [job for job in self._jobs if job.left * job.seconds(busy) <= TINY_S]
+        _, load = self._speeds()
+        ended = [job for job in self._jobs if job.left * at_load(job.seconds, load) <= TINY_S]
         self._jobs = [job for job in self._jobs if job not in ended]
         self._await_next()
         for job in ended:
@@ -117,12 +117,12 @@ class Worker:
     def __init__(self, clock: Clock, cores: Cores) -> None:
         self.busy_s = 0.0
         self._clock, self._cores = clock, cores
-        self._jobs: deque[tuple[float, float, Callable[[Spent], None]]] = deque()
+        self._jobs: deque[tuple[Seconds, Callable[[Spent], None]]] = deque()
         self._working = self._dead = False
 
-    def submit(self, job_s: float, then: Callable[[Spent], None], *, busy_s: float | None = None) -> None:
-        """Work for `job_s` seconds (`busy_s` while all cores compute) when everything before is done, then call `then`."""
-        self._jobs.append((job_s, job_s if busy_s is None else busy_s, then))
+    def submit(self, seconds: float | Seconds, then: Callable[[Spent], None]) -> None:
+        """Work when everything before is done, then call `then`. One number: under any load."""
+        self._jobs.append((seconds if isinstance(seconds, tuple) else (seconds,) * 3, then))
         self._next()
 
     def kill(self) -> None:
@@ -133,8 +133,8 @@ class Worker:
     def _next(self) -> None:
         if self._jobs and not self._working:
             self._working = True
-            alone_s, busy_s, then = self._jobs.popleft()
-            self._cores.run(alone_s, busy_s, lambda spent: self._done(spent, then))
+            seconds, then = self._jobs.popleft()
+            self._cores.run(seconds, lambda spent: self._done(spent, then))
 
     def _done(self, spent: Spent, then: Callable[[Spent], None]) -> None:
         self._working = False

@@ -42,8 +42,7 @@ def as_step(batch: MicroBatch) -> Step:
 
 def cores_of(scenario: Scenario, clock: Clock) -> Cores:
     """What stages and gateways compute on: the cores of their host, or one each."""
-    host = host_of(scenario.request.gpus)
-    return Cores(clock, None if host is None else host.cores)
+    return Cores(clock, host_of(scenario.request.gpus))
 
 
 class SimulatedLane:
@@ -65,7 +64,9 @@ class SimulatedLane:
         plan, request = scenario.plan, scenario.request
         self.layers: tuple[LayerRange, ...] = parse_layer_ranges(plan.layers())
         gpus = {gpu.name: gpu for gpu in request.gpus}
-        self._gpus = [(gpus[stage.gpu], gpus[stage.gpu].when_busy()) for stage in plan.stages]
+        self._gpus = [gpus[stage.gpu].under_load() for stage in plan.stages]
+        host = host_of(request.gpus)
+        self._hop_core_s = 0.0 if host is None else host.hop_core_s
         self._dtype_bytes = DTYPE_BYTES[plan.dtype]
         self.scheduler = Scheduler(
             num_blocks=plan.num_blocks,
@@ -105,11 +106,13 @@ class SimulatedLane:
         if flight.epoch != self.epoch:
             return
         flight.received_s = self._clock.now_s
-        alone_s, busy_s = (
+        alone_s, busy_s, crowded_s = (
             stage_seconds(self.scenario.request.config, self.layers[index], gpu, step, self._dtype_bytes)
             for gpu in self._gpus[index]
         )
-        self._workers[index].submit(alone_s, lambda spent: self._leave(flight, step, index, spent), busy_s=busy_s)
+        if self._hop_core_s:  # other threads of the stage's process, beside its compute thread
+            self._cores.run((self._hop_core_s,) * 3, lambda _: None)
+        self._workers[index].submit((alone_s, busy_s, crowded_s), lambda spent: self._leave(flight, step, index, spent))
 
     def _leave(self, flight: Flight, step: Step, index: int, spent: Spent) -> None:
         """Stage `index` has computed a step: it goes over the link, which is busy for as long as its bytes take."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import yaml
@@ -293,9 +296,9 @@ MEASURED = Measured(layer_s=((1, 0.001), (101, 0.101)), head_s=((1, 0.01),))
 SLOWER = Measured(layer_s=((1, 0.002), (101, 0.202)), head_s=((1, 0.02),))
 
 
-def on_one_host(cores: int, **changes) -> Request:
-    """The 0.5B in four stages whose times are known, on one machine; hops and attention cost nothing."""
-    gpu = replace(KNOWN["a100-80g"], measured=MEASURED, host=Host(cores=cores, busy=SLOWER))
+def on_one_host(cores: int, host: Mapping[str, Any] = MappingProxyType({}), **changes) -> Request:
+    """The 0.5B in four stages whose times are known, on one machine; hops and attention cost nothing unless `host` says so."""
+    gpu = replace(KNOWN["a100-80g"], measured=MEASURED, host=Host(cores=cores, **{"busy": SLOWER, **host}))
     no_network = Link(bytes_per_s=math.inf, latency_s=0.0, software_bytes_per_s=math.inf)
     return replace(request("qwen2-0.5b"), gpus=(gpu,) * 4, link=no_network, **changes)
 
@@ -319,6 +322,15 @@ def test_stages_of_one_host_share_its_cores() -> None:
     assert apart.performance.tokens_per_s > two.tokens_per_s
     wanted = on_one_host(2, workload=workload)
     assert advise(wanted, make_cluster_plan(wanted), KNOWN).binding == "cores"
+
+
+def test_a_crowd_hops_and_the_rest_of_the_system_take_their_part_of_the_cores() -> None:
+    """By hand: four stages on two cores, crowded to three times the seconds, with 2 ms of core time a hop, beside half a core."""
+    crowded = Measured(layer_s=((1, 0.003), (101, 0.303)), head_s=((1, 0.03),))
+    host = {"crowded": crowded, "hop_core_s": 0.002, "background_cores": 0.5}
+    performance = make_cluster_plan(on_one_host(2, host, workload=Workload(sequences=4))).performance
+    assert performance is not None
+    assert performance.tokens_per_s == pytest.approx(1.5 / (3 * (24 * 0.001 + 0.01) + 4 * 0.002))
 
 
 def test_sequences_that_decode_at_once_can_be_given_and_fly_as_the_scheduler_has_them() -> None:

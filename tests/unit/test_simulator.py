@@ -46,7 +46,7 @@ def closed(streams: int, prompt: int, output: int) -> Traffic:
 @settings(deadline=None)
 def test_workers_do_one_thing_at_a_time_on_so_many_cores(jobs, cores) -> None:
     clock = Clock()
-    pool = Cores(clock, cores)
+    pool = Cores(clock, None if cores is None else Host(cores=cores))
     workers = [Worker(clock, pool) for _ in range(4)]
     ended: list[tuple[int, int, float]] = []
     for number, (worker, job_s) in enumerate(jobs):
@@ -70,10 +70,12 @@ def test_workers_do_one_thing_at_a_time_on_so_many_cores(jobs, cores) -> None:
 def test_jobs_share_cores_evenly_and_slow_each_other_down() -> None:
     """Three jobs on two cores: by hand. A job takes twice as long while both cores compute."""
     clock = Clock()
-    cores, ended = Cores(clock, 2), []
+    cores, ended = Cores(clock, Host(cores=2)), []
 
     def run(name: str, alone_s: float, busy_s: float) -> None:
-        cores.run(alone_s, busy_s, lambda spent: ended.append((name, clock.now_s, spent.elapsed_s, spent.core_s)))
+        cores.run(
+            (alone_s, busy_s, busy_s), lambda spent: ended.append((name, clock.now_s, spent.elapsed_s, spent.core_s))
+        )
 
     run("a", 1.0, 2.0)
     run("b", 4.0, 8.0)
@@ -86,6 +88,31 @@ def test_jobs_share_cores_evenly_and_slow_each_other_down() -> None:
         ("c", pytest.approx(2.5), pytest.approx(1.5), pytest.approx(1.0)),
         ("b", pytest.approx(5.5), pytest.approx(5.5), pytest.approx(5.0)),
     ]
+
+
+def test_a_crowd_empties_caches_and_a_background_takes_its_part() -> None:
+    """Four jobs on two cores, of which the rest of the system takes a half: by hand."""
+    clock = Clock()
+    cores, ended = Cores(clock, Host(cores=2, background_cores=0.5)), []
+    for _ in range(4):
+        cores.run((1.0, 2.0, 3.0), lambda spent: ended.append((clock.now_s, spent.core_s)))
+    clock.run(100.0)
+    # Each has 3/8 of a core and takes 3 s on it.
+    assert ended == [(pytest.approx(8.0), pytest.approx(3.0))] * 4
+
+
+def test_hops_take_time_of_the_cores_that_stages_share() -> None:
+    many = closed(32, 256, 64)
+    free, dear = (
+        simulate(
+            scenario(traffic=many, host=Host(cores=1, hop_core_s=hop_s), gateway_cost=FREE_GATEWAY, duration_s=60.0, warmup_s=20.0)
+        )
+        for hop_s in (0.0, 0.02)
+    )  # fmt: skip
+    computing_s = 1 / (
+        free.output_tokens_per_s / free.rows_per_step
+    )  # of a step and its part of the prompts, on all stages
+    assert dear.output_tokens_per_s / dear.rows_per_step == pytest.approx(1 / (computing_s + 4 * 0.02), rel=0.15)
 
 
 def test_one_stream_is_as_fast_as_the_plan_says() -> None:
