@@ -18,10 +18,11 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/python -m gateway.demo
 
-# Three, also on two cores: those that use Ray, one after another, wait most of the time.
+# Three, also on two cores: those that use Ray, one after another, wait most of the time. They begin first (tests/conftest.py), and
+# in the order collected: the longest chain must not begin last.
 WORKERS ?= 3
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .
