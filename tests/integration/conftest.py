@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx
+import openai
 import pytest
+from doors_helpers import Doors, open_doors
 from engine_helpers import Cluster
 from postgres_server import PostgresServer, programs
 from process_nursery import Nursery, ToyGateway, nursery
@@ -20,6 +23,27 @@ async def cluster(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Cluster]:
     # Recovery would hide them: a broken invariant of ours breaks the pipeline, and the next epoch computes again.
     assert "AssertionError" not in caplog.text
     assert "unexpected error" not in caplog.text
+
+
+@pytest.fixture
+async def doors() -> AsyncIterator[Doors]:
+    """Both doors over an engine that a test scripts."""
+    async with open_doors(Doors()) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(doors: Doors) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's client at the HTTP door."""
+    async with openai.AsyncOpenAI(base_url=f"{doors.http}/v1", api_key="none", max_retries=0) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def web(doors: Doors) -> AsyncIterator[httpx.AsyncClient]:
+    """A plain client at the HTTP door."""
+    async with httpx.AsyncClient(base_url=doors.http, timeout=10) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,7 @@ import pty
 import signal
 import sys
 
-import pytest
 from doors_helpers import Doors, open_doors, until
-
-
-@pytest.fixture
-async def doors():
-    async with open_doors(Doors()) as opened:
-        yield opened
 
 
 def command(*args: str) -> list[str]:

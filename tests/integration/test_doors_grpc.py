@@ -22,12 +22,6 @@ from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
 
 
 @pytest.fixture
-async def doors():
-    async with open_doors(Doors()) as opened:
-        yield opened
-
-
-@pytest.fixture
 async def stub(doors):
     async with grpc.aio.insecure_channel(doors.grpc) as channel:
         yield pb_grpc.InferenceServiceStub(channel)

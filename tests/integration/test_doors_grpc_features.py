@@ -7,7 +7,7 @@ import json
 
 import grpc
 import pytest
-from doors_helpers import Doors, failing, open_doors
+from doors_helpers import failing
 from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from test_doors_grpc import failure, generation
@@ -21,12 +21,6 @@ from stageline.inference.v1 import inference_service_pb2_grpc as pb_grpc
 TOOL = gen.Tool(
     name="weather", description="Weather of a city", parameters_json_schema=json.dumps(FUNCTION["parameters"])
 )
-
-
-@pytest.fixture
-async def doors():
-    async with open_doors(Doors()) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -17,24 +17,6 @@ from gateway.api.http.app import MAX_BODY_BYTES
 from stageline import errors
 
 
-@pytest.fixture
-async def doors():
-    async with open_doors(Doors()) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def client(doors):
-    async with openai.AsyncOpenAI(base_url=f"{doors.http}/v1", api_key="none", max_retries=0) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def web(doors):
-    async with httpx.AsyncClient(base_url=doors.http, timeout=10) as opened:
-        yield opened
-
-
 def events(text: str) -> list[str]:
     """Data of the server-sent events."""
     assert all(block.startswith("data: ") for block in text.split("\n\n") if block)

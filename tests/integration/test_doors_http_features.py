@@ -24,24 +24,6 @@ SAYS = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}
 USER = [{"role": "user", "content": "?"}]
 
 
-@pytest.fixture
-async def doors():
-    async with open_doors(Doors()) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def client(doors):
-    async with openai.AsyncOpenAI(base_url=f"{doors.http}/v1", api_key="none", max_retries=0) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def web(doors):
-    async with httpx.AsyncClient(base_url=doors.http, timeout=10) as opened:
-        yield opened
-
-
 async def test_a_request_keeps_the_name_it_came_with(web, doors, caplog):
     caplog.set_level(logging.INFO, logger="stageline.gateway.requests")
     headers = {"x-request-id": "order-66"}
