@@ -4,15 +4,15 @@ does, KubeRay's part in their status included."""
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
+from api_server import TOKEN, JsonHandler, running
 
 from gateway.cli import batch_cluster, main
 
@@ -35,7 +35,7 @@ class ApiServer(ThreadingHTTPServer):
         self.seen: list[str] = []
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: ApiServer
 
     def do_GET(self) -> None:
@@ -54,10 +54,10 @@ class Handler(BaseHTTPRequestHandler):
         if server.failures:
             server.failures -= 1
             return self._status(500, "InternalError", "etcd is away", {})
-        if self.headers["Authorization"] != "Bearer let-me-in":
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
             return self._status(401, "Unauthorized", "Unauthorized", {})
         if parts[:4] != ["apis", "ray.io", "v1", "namespaces"] or parts[5] != "rayjobs" or not server.has_crd:
-            return self._answer(404, b"404 page not found\n", "text/plain")
+            return self.answer(404, b"404 page not found\n")
         self.namespace, name = parts[4], (parts[6] if len(parts) > 6 else "")
         if (verb := verb_of(name)) not in server.verbs:
             text = f'rayjobs.ray.io is forbidden: User "me" cannot {verb} resource "rayjobs"'
@@ -75,14 +75,14 @@ class Handler(BaseHTTPRequestHandler):
             if job["status"] is None:
                 del self.server.jobs[name]
                 return self._absent(name)
-        return self._json(200, {key: value for key, value in job.items() if key != "script"})
+        return self.answer(200, {key: value for key, value in job.items() if key != "script"})
 
     def _list(self) -> None:
         query = parse_qs(urlsplit(self.path).query)
         wanted = dict(part.split("=") for part in query["labelSelector"][0].split(","))
         assert int(query["limit"][0]) <= 500
         found = [job for job in self.server.jobs.values() if wanted.items() <= job["metadata"]["labels"].items()]
-        return self._json(200, {"kind": "RayJobList", "apiVersion": "ray.io/v1", "metadata": {}, "items": found})
+        return self.answer(200, {"kind": "RayJobList", "apiVersion": "ray.io/v1", "metadata": {}, "items": found})
 
     def _create(self) -> None:
         job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -96,57 +96,31 @@ class Handler(BaseHTTPRequestHandler):
         self.server.created.append(json.loads(json.dumps(job)))
         job["metadata"]["creationTimestamp"] = f"2026-11-30T00:00:{len(self.server.created):02}Z"
         self.server.jobs[name] = {**job, "status": {}, "script": list(self.server.script)}
-        return self._json(201, job)
+        return self.answer(201, job)
 
     def _delete(self, name: str) -> None:
         if name not in self.server.jobs:
             return self._absent(name)
         job = self.server.jobs[name]
         job["metadata"]["deletionTimestamp"] = "2026-11-30T01:00:00Z"
-        return self._json(200, {key: value for key, value in job.items() if key != "script"})
+        return self.answer(200, {key: value for key, value in job.items() if key != "script"})
 
     def _absent(self, name: str) -> None:
         text = f'rayjobs.ray.io "{name}" not found'
         return self._status(404, "NotFound", text, {"name": name, "group": "ray.io", "kind": "rayjobs"})
 
     def _status(self, code: int, reason: str, message: str, details: dict[str, str]) -> None:
-        self._json(code, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "reason": reason,
+        self.answer(code, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "reason": reason,
                           "details": details, "code": code})  # fmt: skip
-
-    def _json(self, code: int, body: dict[str, Any]) -> None:
-        self._answer(code, json.dumps(body).encode(), "application/json")
-
-    def _answer(self, code: int, data: bytes, kind: str) -> None:
-        self.send_response(code)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch) -> Iterator[ApiServer]:
     server = ApiServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    user = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
-        "users": [{"name": "me", "user": {"token": "let-me-in"}}],
-        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-    }
-    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(user))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setattr(batch_cluster, "POLL_S", 0.02)
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with running(server, tmp_path / "kubeconfig"):
+        yield server
 
 
 def batch(capsys, verb: str, *args: str) -> tuple[int, str, str]:

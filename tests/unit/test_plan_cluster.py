@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import yaml
+from api_server import TOKEN, JsonHandler, running, write_kubeconfig
 
 from gateway.cli import main
 
@@ -63,7 +62,7 @@ class ApiServer(ThreadingHTTPServer):
     requests: list[str]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: ApiServer
 
     def do_GET(self) -> None:
@@ -74,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
         elif url.path != "/api/v1/nodes" or self.server.status != 200:
             status = self.server.status if url.path == "/api/v1/nodes" else 404
             self.answer(status, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status})
-        elif self.headers["Authorization"] != "Bearer let-me-in":
+        elif self.headers["Authorization"] != f"Bearer {TOKEN}":
             self.answer(401, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 401})
         else:
             query = parse_qs(url.query)
@@ -85,42 +84,14 @@ class Handler(BaseHTTPRequestHandler):
             items = self.server.nodes[start : start + 4]
             self.answer(200, {"kind": "NodeList", "apiVersion": "v1", "metadata": metadata, "items": items})
 
-    def answer(self, status: int, body: dict) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch) -> Iterator[ApiServer]:
     server = ApiServer(("127.0.0.1", 0), Handler)
     server.requests, server.also = [], {}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    write_kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def write_kubeconfig(path: Path, server: str, token: str = "let-me-in") -> None:
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "clusters": [{"name": "here", "cluster": {"server": server}}],
-        "users": [{"name": "me", "user": {"token": token}}],
-        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-    }
-    path.write_text(yaml.safe_dump(config))
+    with running(server, tmp_path / "kubeconfig"):
+        yield server
 
 
 def plan(capsys, *args: str) -> tuple[int, str, str]:
