@@ -8,6 +8,7 @@ import numpy as np
 
 from gateway.engine.choice import ChoiceState
 from gateway.engine.track import Track
+from gateway.sampling import place_sampling
 from gateway.scheduler import MicroBatch, ScheduledRow
 from stageline.stage.v1 import stage_service_pb2 as pb
 
@@ -36,14 +37,17 @@ def build_step(batch: MicroBatch, choices: Mapping[int, ChoiceState | Track]) ->
 
 def _ask(sampling: pb.Sampling, row: ScheduledRow, choice: ChoiceState) -> None:
     sampling.CopyFrom(choice.asked)
-    sampling.output_position = row.output_position
-    if suppressed := choice.suppressed(row.output_position):
-        sampling.suppressed_token_ids.extend(suppressed)
+    registration = None
+    if row.needs_registration and choice.params.has_penalties():
+        registration = row.sequence.prompt_token_ids, row.sequence.output_token_ids[: row.output_position]
+    place_sampling(
+        sampling,
+        output_position=row.output_position,
+        suppressed=choice.suppressed(row.output_position),
+        registration=registration,
+    )
     if mask := choice.allowed_tokens():
         sampling.allowed_token_bitmask = mask
-    if row.needs_registration and choice.params.has_penalties():
-        sampling.registration.prompt_token_ids = _int32(row.sequence.prompt_token_ids)
-        sampling.registration.output_token_ids = _int32(row.sequence.output_token_ids[: row.output_position])
 
 
 def _int32(values: Sequence[int]) -> bytes:

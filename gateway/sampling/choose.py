@@ -106,7 +106,7 @@ def make_sampling(
     suppressed: tuple[int, ...] = (),
     registration: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
 ) -> pb.Sampling:
-    """What the last stage is asked for a row; `registration` is (prompt, generated so far)."""
+    """What the last stage is asked for a row; the last three as in `place_sampling`."""
     sampling = pb.Sampling(
         temperature=params.temperature,
         top_k=params.top_k,
@@ -115,19 +115,30 @@ def make_sampling(
         repetition_penalty=params.repetition_penalty,
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
-        suppressed_token_ids=suppressed,
         bias_token_ids=[token for token, _ in params.logit_bias],
         bias_values=[value for _, value in params.logit_bias],
         num_logprobs=params.num_logprobs or 0,
         logprobs=params.num_logprobs is not None,
         seed=params.seed,
         choice_index=choice_index,
-        output_position=output_position,
     )
+    place_sampling(sampling, output_position=output_position, suppressed=suppressed, registration=registration)
+    return sampling
+
+
+def place_sampling(
+    sampling: pb.Sampling,
+    *,
+    output_position: int,
+    suppressed: Sequence[int] = (),
+    registration: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> None:
+    """Ask it for the token at `output_position`, which is none of `suppressed`; `registration` is (prompt, generated so far)."""
+    sampling.output_position = output_position
+    sampling.suppressed_token_ids.extend(suppressed)
     if registration is not None:
         prompt, output = (np.array(ids, dtype="<i4").tobytes() for ids in registration)
         sampling.registration.CopyFrom(pb.Registration(prompt_token_ids=prompt, output_token_ids=output))
-    return sampling
 
 
 def _logprobs(result: pb.RowResult, params: SamplingParams, token: int, raw_logit: float) -> TokenLogprobs | None:
