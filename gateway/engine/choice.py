@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 
@@ -121,9 +122,10 @@ class ChoiceState:
         self._scores += scored_tokens(result, row.target_ids)
 
     @property
-    def mask_is_late(self) -> bool:
-        """Whether its grammar is slow and still at work on the next position."""
-        return self.masks is not None and self.masks.slow and not self.masks.ready.done()
+    def late_mask(self) -> asyncio.Future[bytes] | None:
+        """The mask of the next position, where its grammar is slow and still at work on it."""
+        masks = self.masks
+        return masks.ready if masks is not None and masks.slow and not masks.ready.done() else None
 
     def allowed_tokens(self) -> bytes:
         """Bitmask of the tokens the grammar allows at this position; empty without a grammar, or where it failed, which

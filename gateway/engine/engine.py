@@ -141,7 +141,7 @@ class Engine:
         """
         with closing(Deltas(self._unread)) as deltas, self._counted() as counted:
             choices = [self._make_choice(request, request.first_choice + i, deltas) for i in range(request.num_choices)]
-            if late := [choice.masks.ready for choice in choices if choice.masks is not None and choice.mask_is_late]:
+            if late := [mask for choice in choices if (mask := choice.late_mask) is not None]:
                 await asyncio.wait(late, timeout=None if request.deadline_s is None else _remaining(request.deadline_s))
             num_tokens = request.num_choices * len(request.prompt_token_ids)
             lane = await self._place(choices[0].sequence, num_tokens, request.deadline_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequence_
@@ -345,21 +346,18 @@ class Lane:
                     choice.measure(self._metrics, arrived_s)
             if ended:
                 self._drop(choice)
-            elif isinstance(choice, ChoiceState) and choice.mask_is_late:
-                self._hold(choice)
+            elif isinstance(choice, ChoiceState) and (mask := choice.late_mask) is not None:
+                self._hold(self.scheduler, sequence_id, mask)
 
-    def _hold(self, choice: ChoiceState) -> None:
-        """Let no step wait for the mask that this one's slow grammar is making."""
-        scheduler, sequence_id = self.scheduler, choice.sequence.sequence_id
-        assert scheduler is not None
-        assert choice.masks is not None
+    def _hold(self, scheduler: Scheduler, sequence_id: int, mask: asyncio.Future[bytes]) -> None:
+        """Let no step wait for the mask that a slow grammar is making."""
 
         def go_on(_: object) -> None:
             scheduler.let_go(sequence_id)
             self.pump()
 
         scheduler.hold(sequence_id)
-        choice.masks.ready.add_done_callback(go_on)
+        mask.add_done_callback(go_on)
 
 
 def step_timing(result: pb.StepResult, ring_s: float) -> StepTiming | None:
