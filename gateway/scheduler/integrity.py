@@ -17,6 +17,9 @@ def check_integrity(ledger: Ledger) -> None:
     assert len(running) + len(waiting) == len(ledger._sequences)
     assert len(ledger._waiting) == len(waiting)
     assert ledger._waiting.num_tokens == sum(sequence.num_tokens for sequence in waiting)
+    in_background = sum(sequence.num_tokens for sequence in waiting if sequence.is_background)
+    assert ledger._waiting.num_tokens_of(True) == in_background
+    assert ledger.num_background == sum(sequence.is_background for sequence in ledger._sequences.values())
     for sequence in waiting:
         assert not sequence.block_table
         assert not sequence.in_flight_steps
@@ -27,7 +30,7 @@ def check_integrity(ledger: Ledger) -> None:
     for sequence_id, sequence in running.items():
         steps = [step.step_id for step in ledger._in_flight if any(row.sequence is sequence for row in step.rows)]
         assert list(sequence.in_flight_steps) == steps
-        num_unscheduled = sequence.num_tokens - sequence.num_scheduled_tokens
+        num_unscheduled = sequence.num_unscheduled_tokens
         assert (sequence_id in ledger._ready) == (num_unscheduled == 1 and sequence_id not in ledger._prefilling)
         assert (sequence_id in ledger._prefilling or sequence_id in ledger._ready) == (num_unscheduled > 0)
         assert sequence_id not in ledger._ready or not steps, "a ready sequence is in flight"

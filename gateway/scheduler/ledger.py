@@ -1,7 +1,4 @@
-"""What the scheduler knows, and how it changes when something happens. The choices are in scheduler.py.
-
-Over 400 lines: nearly every transition changes several of the same tables, and they are only right together.
-"""
+"""What the scheduler knows, and how it changes when something happens. The choices are in blocks.py and scheduler.py."""
 
 from __future__ import annotations
 
@@ -172,8 +169,7 @@ class Ledger:
         if sequence.next_branches:
             sequence.output_token_ids.clear()
             sequence.start_next_branch()
-            num_new = sequence.num_tokens - sequence.num_scheduled_tokens
-            self._waiting.counters.charge(sequence.tenant, prompt_tokens=num_new)
+            self._waiting.counters.charge(sequence.tenant, prompt_tokens=sequence.num_unscheduled_tokens)
             self._prefilling[sequence.sequence_id] = sequence
         elif sequence.forced_token_id is not None or sequence.num_tokens == sequence.max_total_tokens:
             self.finish(sequence.sequence_id)
@@ -335,11 +331,6 @@ class Ledger:
         return self._num_blocks_for(sequence.max_total_tokens - 1) <= self._pool.num_blocks
 
     @property
-    def _num_decoding(self) -> int:
-        """Running sequences past prefill, those whose last chunk is in flight included."""
-        return len(self._running) - len(self._prefilling)
-
-    @property
     def live_sequences(self) -> tuple[Sequence, ...]:
         """Every sequence here, waiting or running, in the order they came."""
         return tuple(self._sequences.values())
@@ -395,24 +386,4 @@ class Ledger:
     def backlog_tokens(self) -> int:
         """Tokens that are not scheduled yet, of all prompts here."""
         prefilling = self._prefilling.values()
-        return self._waiting.num_tokens + sum(one.num_tokens - one.num_scheduled_tokens for one in prefilling)
-
-    def num_cached_tokens(self, sequence: Sequence) -> int:
-        """Of a sequence that is not here, the tokens that the prefix cache would save now."""
-        return len(self._cached_blocks(sequence, 0)) * self.block_size_tokens
-
-    def _num_shareable(self, sequence: Sequence) -> int:
-        """Its full blocks of tokens that need not be computed."""
-        return sequence.num_shareable_tokens // self.block_size_tokens
-
-    def _cached_blocks(self, sequence: Sequence, first: int) -> list[int]:
-        """Published blocks for its blocks `first`, `first` + 1, ..."""
-        if not self._may_share(sequence):
-            return []
-        blocks: list[int] = []
-        for index in range(first, self._num_shareable(sequence)):
-            block = self._pool.find(sequence.keys(index + 1, self.block_size_tokens)[index])
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        return self._waiting.num_tokens + sum(one.num_unscheduled_tokens for one in prefilling)

@@ -24,9 +24,9 @@ background; it gets what makes the micro-batch little longer, and at least one t
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 
+from gateway.scheduler.blocks import Blocks, by_rank
 from gateway.scheduler.filling import (
     BACKGROUND_SLOWDOWN,
     COHORT_SLOWDOWN,
@@ -37,7 +37,6 @@ from gateway.scheduler.filling import (
     prefill_budget,
     ramp,
 )
-from gateway.scheduler.ledger import Ledger
 from gateway.scheduler.micro_batch import MicroBatch, ScheduledRow
 from gateway.scheduler.sequence import Sequence
 
@@ -45,7 +44,7 @@ PROBE_PRIORITY = 1 << 40
 """Sequences of at least this priority go before everything, also before those that must run alone: they prove a pipeline."""
 
 
-class Scheduler(Ledger):
+class Scheduler(Blocks):
     """The scheduler of one pipeline: continuous batching, chunked prefill, several micro-batches in flight.
 
     The engine calls `schedule` until it returns None, sends each micro-batch, and calls `complete` (or `fail`) for each
@@ -85,7 +84,7 @@ class Scheduler(Ledger):
 
     def _most_in_flight(self) -> int:
         """While sequences decode, no more than their groups: one more micro-batch would stand in their way."""
-        if self._num_decoding == 0:
+        if self._num_decoding() == 0:
             return self.max_in_flight
         groups = num_groups(num_stages=self.num_stages, fixed_s=self.costs.fixed_s, overhead_s=self.costs.overhead_s)
         return min(groups, self.max_in_flight)
@@ -124,10 +123,8 @@ class Scheduler(Ledger):
             return list(sequences)
         return [one for one in sequences if one.is_background == background]
 
-    def _num_decoding_of(self, background: bool | None) -> int:
+    def _num_decoding(self, background: bool | None = None) -> int:
         """Running sequences past prefill, those whose last chunk is in flight included."""
-        if background is None:
-            return self._num_decoding
         running, prefilling = self._running.values(), self._prefilling.values()
         return len(self._of(running, background)) - len(self._of(prefilling, background))
 
@@ -147,7 +144,7 @@ class Scheduler(Ledger):
             ready = [one for one in ready if one.sequence_id not in self._held]
         target = decode_target(
             num_ready=len(ready),
-            num_decoding=self._num_decoding_of(background),
+            num_decoding=self._num_decoding(background),
             num_groups=num_free_slots + len(self._in_flight),
             num_free_slots=num_free_slots,
         )
@@ -162,44 +159,6 @@ class Scheduler(Ledger):
                 del self._ready[sequence.sequence_id]
                 rows.append(self._row(step_id, sequence, 1, is_prefill=False))
 
-    def _has_slot(self, sequence: Sequence, *, last_resort: bool) -> bool:
-        """Whether the next token of a ready sequence has a place in the cache; finds it one if that can be."""
-        if len(sequence.block_table) * self.block_size_tokens >= sequence.num_tokens:
-            return True
-        if not last_resort and self._pool.num_free < len(self._running) and self._over_share(sequence, 1):
-            return False  # one for each of the others comes first
-        while not self._pool.num_free:
-            if not self._preempt_for(sequence):
-                return False
-        sequence.block_table.extend(self._pool.allocate(1))
-        return True
-
-    def _preempt_for(self, sequence: Sequence) -> bool:
-        """Stop the running sequence that ranks last, if it ranks after this one and is not in flight."""
-        if self._pool.num_quarantined:
-            return False  # blocks are on their way back: one return is a shorter wait than computing a sequence again
-        candidates = (other for other in self._running.values() if not other.in_flight_steps)
-        victim = max(candidates, key=_rank)
-        if victim is sequence:
-            return False
-        self._preempt(victim)
-        return True
-
-    def _preempt(self, victim: Sequence) -> None:
-        self._stop_running(victim)
-        victim.forget_cache()
-        self._waiting.push(victim)
-        self.num_preemptions += 1
-
-    def _over_share(self, sequence: Sequence, num_more_blocks: int) -> bool:
-        """Whether its request, with so many blocks more, would hold more of the cache than one may while there are others.
-        A request that holds nothing may always begin."""
-        own = self._request_of(sequence)
-        if len(own) == len(self._sequences):
-            return False
-        num_held = sum(len(one.block_table) - one.num_shared_blocks for one in own)
-        return num_held > 0 and num_held + num_more_blocks > self.limits.max_request_kv_fraction * self._pool.num_blocks
-
     def _schedule_prefills(
         self, step_id: int, rows: list[ScheduledRow], budget: int, background: bool | None = None
     ) -> None:
@@ -208,8 +167,10 @@ class Scheduler(Ledger):
         Of sequences with branches no more than an even share over the stages: they come again when they return, as decodes do, and
         all together would be in one stage at a time.
         """
+        if not budget:  # most steps: nothing but decodes
+            return
         branches_left = -(-sum(one.is_branching for one in self._running.values()) // self.num_stages)
-        for sequence in sorted(self._of(self._prefilling.values(), background), key=_rank):
+        for sequence in sorted(self._of(self._prefilling.values(), background), key=by_rank):
             if budget == 0 or len(rows) == self.limits.max_step_sequences:
                 break
             if sequence.is_branching and not branches_left:
@@ -226,14 +187,13 @@ class Scheduler(Ledger):
     def _prefill_budget(self, rows: list[ScheduledRow], num_decodes: int, background: bool | None) -> int:
         """Prefill tokens to add to these rows, of which so many are decodes that they may hold up."""
         prompts = self._of(self._prefilling.values(), background)
-        waiting = self._waiting.num_tokens_of(background)
-        unscheduled = sum(one.num_tokens - one.num_scheduled_tokens for one in prompts)
-        backlog = waiting + unscheduled
+        unscheduled = sum(one.num_unscheduled_tokens for one in prompts)
+        backlog = self._waiting.num_tokens_of(background) + unscheduled
         if not backlog or not self._room(rows):
             return 0
         free_tokens = self._pool.num_free * self.block_size_tokens + unscheduled
         begun = sum(prompt.num_scheduled_tokens for prompt in prompts)
-        first = min(prompts, key=_rank) if prompts else self._waiting.first()
+        first = min(prompts, key=by_rank) if prompts else self._waiting.first()
         context = 0 if first is None else first.num_scheduled_tokens
         token_s = self.costs.prefill_token_s(context)
         chunks = num_chunks(
@@ -247,7 +207,7 @@ class Scheduler(Ledger):
             backlog_tokens=backlog + sum(self._in_flight_prefill) if chunks is None else backlog + begun,
             num_chunks=self.max_in_flight if chunks is None else chunks,
             free_kv_fraction=min(1.0, free_tokens / (self._pool.num_blocks * self.block_size_tokens)),
-            num_decoding=self._num_decoding_of(background),
+            num_decoding=self._num_decoding(background),
             most_beside_decodes=most,
             room_tokens=self._room(rows),
             max_step_tokens=self.limits.max_step_tokens,
@@ -276,73 +236,11 @@ class Scheduler(Ledger):
                 break
             budget -= self._prefill_row(step_id, rows, sequence, budget)
 
-    def _may_be_admitted(self, sequence: Sequence) -> bool:
-        over_share = self._over_share(sequence, self._num_blocks_for(sequence.num_tokens))
-        return not over_share and not self._waits_for_prefix(sequence)
-
-    def _waits_for_prefix(self, sequence: Sequence) -> bool:
-        """Whether its next blocks are being computed in flight for another sequence, so that it is better off waiting."""
-        if not self._being_filled or not self._may_share(sequence):
-            return False
-        first = sequence.num_scheduled_tokens // self.block_size_tokens
-        first += len(self._cached_blocks(sequence, first))
-        last = min(first + self._num_blocks_for(self.limits.min_prefill_tokens), self._num_shareable(sequence))
-        if first >= last:
-            return False
-        keys = sequence.keys(last, self.block_size_tokens)
-        return all(key in self._being_filled for key in keys[first:last])
-
-    def _allocate(self, sequence: Sequence) -> bool:
-        """Make a waiting sequence run, if there are blocks for all its tokens."""
-        shared = self._cached_blocks(sequence, 0)
-        num_new = self._num_blocks_for(sequence.num_tokens) - len(shared)
-        num_taken = num_new + sum(self._pool.counts_as_free(block) for block in shared)
-        if num_taken + len(self._running) > self._pool.num_free:
-            return False
-        for block in shared:
-            self._pool.share(block)
-        self._waiting.serve(sequence)
-        self._start_running(sequence, array("i", shared + self._pool.allocate(num_new)), len(shared))
-        sequence.first_run, sequence.resumed = not sequence.resumed, True
-        sequence.rebuild_tokens = 0
-        self._skip(sequence, len(shared) * self.block_size_tokens)
-        if sequence.first_run:
-            self._waiting.counters.charge(
-                sequence.tenant, prompt_tokens=sequence.num_tokens - sequence.num_scheduled_tokens
-            )
-        self._drain_rate.observe(sequence.num_tokens, self._now_s)
-        return True
-
-    def _adopt(self, sequence: Sequence) -> None:
-        """Share what was published since a running prompt got its blocks: prompts that came together with the same
-        beginning compute it once."""
-        first = sequence.num_scheduled_tokens // self.block_size_tokens
-        shared = self._cached_blocks(sequence, first)
-        if not shared:
-            return
-        for block in shared:
-            self._pool.share(block)
-        own = sequence.block_table[first : first + len(shared)]
-        sequence.block_table[first : first + len(shared)] = array("i", shared)
-        self._pool.free(own, last_step=sequence.in_flight_steps[-1] if sequence.in_flight_steps else 0)
-        sequence.num_shared_blocks += len(shared)
-        self._skip(sequence, (first + len(shared)) * self.block_size_tokens)
-
-    def _skip(self, sequence: Sequence, position: int) -> None:
-        """Tokens before `position` need not be computed."""
-        if sequence.first_run:
-            num_prompt = len(sequence.prompt_token_ids)
-            skipped = min(position, num_prompt) - min(sequence.num_scheduled_tokens, num_prompt)
-            sequence.num_cached_prompt_tokens += skipped
-        sequence.num_scheduled_tokens = position
-        if not sequence.in_flight_steps:
-            sequence.num_computed_tokens = position
-
     def _prefill_row(self, step_id: int, rows: list[ScheduledRow], sequence: Sequence, budget: int) -> int:
         """Append the next chunk, at most `budget` tokens. Returns its size."""
         if sequence.num_scheduled_tokens:
             self._adopt(sequence)
-        num_tokens = min(budget, sequence.num_tokens - sequence.num_scheduled_tokens)
+        num_tokens = min(budget, sequence.num_unscheduled_tokens)
         rows.append(self._row(step_id, sequence, num_tokens, is_prefill=True))
         if rows[-1].wants_output:
             del self._prefilling[sequence.sequence_id]
@@ -352,10 +250,10 @@ class Scheduler(Ledger):
         """The next row of a sequence that must run alone (probes before it), once nothing else is in flight. The others
         keep their blocks unless it needs them."""
         probes = [sequence for sequence in self._sequences.values() if sequence.priority >= PROBE_PRIORITY]
-        sequence = min([*probes, *self._alone.values()], key=_rank)
+        sequence = min([*probes, *self._alone.values()], key=by_rank)
         if any(row.sequence is not sequence for step in self._in_flight for row in step.rows):
             return
-        others = sorted((other for other in self._running.values() if other is not sequence), key=_rank)
+        others = sorted((other for other in self._running.values() if other is not sequence), key=by_rank)
         if sequence.sequence_id not in self._running:
             while not self._allocate(sequence):
                 self._preempt(others.pop())
@@ -397,7 +295,3 @@ class Scheduler(Ledger):
         if is_prefill:
             self._being_filled.update(self._filled_keys(row))
         return row
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    return sequence.rank

@@ -90,6 +90,11 @@ class Sequence:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def num_unscheduled_tokens(self) -> int:
+        """Those of them that no micro-batch has had yet."""
+        return self.num_tokens - self.num_scheduled_tokens
+
+    @property
     def rank(self) -> tuple[int, int]:
         """Place among those that run, lower first: priority, then arrival. No two sequences have the same.
 
