@@ -11,6 +11,7 @@ from gateway.planner.cost import (
     Step,
     activation_bytes,
     at_load,
+    loaded_seconds,
     stage_cost,
     stage_seconds,
     weight_bytes,
@@ -231,7 +232,7 @@ def _together(
     host, size = host_of(gpus), DTYPE_BYTES[request.dtype]
     load = 0.0 if host is None else host.load(min(at_once, len(gpus)))
     return [
-        at_load([stage_seconds(request.config, layers, one, step, size) for one in gpu.under_load()], load)
+        at_load(loaded_seconds(request.config, layers, gpu.under_load(), step, size), load)
         for gpu, layers in zip(gpus, ranges, strict=True)
     ]
 

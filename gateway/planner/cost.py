@@ -18,6 +18,9 @@ from gateway.planner.split import StageCost
 from stages.config import ModelConfig
 from stages.partition import LayerRange, kv_bytes_per_token, layer_tensor_shapes, num_parameters
 
+LoadedSeconds = tuple[float, float, float]
+"""On a core: alone on the host, while all its cores compute, and while twice as many processes do."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
@@ -125,8 +128,16 @@ def stage_seconds(config: ModelConfig, layers: LayerRange, gpu: Gpu, step: Step,
     return gpu.step_overhead_s + len(layers) * layer_seconds(config, gpu, step, dtype_bytes) + head
 
 
-def at_load(seconds: Sequence[float], load: float) -> float:
-    """Of `Gpu.under_load` and `Host.load`: seconds on a core, interpolated."""
+def loaded_seconds(
+    config: ModelConfig, layers: LayerRange, gpus: tuple[Gpu, Gpu, Gpu], step: Step, dtype_bytes: int
+) -> LoadedSeconds:
+    """`stage_seconds` on each of `Gpu.under_load`."""
+    alone_s, busy_s, crowded_s = (stage_seconds(config, layers, gpu, step, dtype_bytes) for gpu in gpus)
+    return alone_s, busy_s, crowded_s
+
+
+def at_load(seconds: LoadedSeconds, load: float) -> float:
+    """Seconds on a core at a `Host.load`, interpolated."""
     alone_s, busy_s, crowded_s = seconds
     if load <= 1:
         return alone_s + load * (busy_s - alone_s)

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from gateway.planner.catalogue import Host
-from gateway.planner.cost import at_load
+from gateway.planner.cost import LoadedSeconds, at_load
 
 Action = Callable[[], None]
-Seconds = tuple[float, float, float]
-"""On a core: of a job alone, while all cores compute, and while twice as many jobs do."""
 TINY_S = 1e-12  # what rounding may leave of a job
+
+
+def steady(seconds: float) -> LoadedSeconds:
+    """The same under any load."""
+    return seconds, seconds, seconds
 
 
 class Clock:
@@ -48,7 +51,7 @@ class Spent:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    seconds: Seconds
+    seconds: LoadedSeconds
     then: Callable[[Spent], None]
     began_s: float
     left: float = 1.0
@@ -67,7 +70,7 @@ class Cores:
         self._updated_s = 0.0
         self._plan = 0  # outdates the event that waits for the next end
 
-    def run(self, seconds: Seconds, then: Callable[[Spent], None]) -> None:
+    def run(self, seconds: LoadedSeconds, then: Callable[[Spent], None]) -> None:
         """Compute a job; then call `then`."""
         if self._host is None:
             self._clock.after(seconds[0], lambda: then(Spent(seconds[0], seconds[0])))
@@ -117,12 +120,12 @@ class Worker:
     def __init__(self, clock: Clock, cores: Cores) -> None:
         self.busy_s = 0.0
         self._clock, self._cores = clock, cores
-        self._jobs: deque[tuple[Seconds, Callable[[Spent], None]]] = deque()
+        self._jobs: deque[tuple[LoadedSeconds, Callable[[Spent], None]]] = deque()
         self._working = self._dead = False
 
-    def submit(self, seconds: float | Seconds, then: Callable[[Spent], None]) -> None:
-        """Work when everything before is done, then call `then`. One number: under any load."""
-        self._jobs.append((seconds if isinstance(seconds, tuple) else (seconds,) * 3, then))
+    def submit(self, seconds: LoadedSeconds, then: Callable[[Spent], None]) -> None:
+        """Work when everything before is done, then call `then`."""
+        self._jobs.append((seconds, then))
         self._next()
 
     def kill(self) -> None:

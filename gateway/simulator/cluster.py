@@ -10,7 +10,7 @@ from gateway.engine.drain import Pace, Remainder
 from gateway.engine.lane import SEQUENCE_COST_TOKENS
 from gateway.engine.takeover import WAIT_PERIOD_S, places, standing
 from gateway.scheduler import Sequence
-from gateway.simulator.clock import Clock, Worker
+from gateway.simulator.clock import Clock, Worker, steady
 from gateway.simulator.lane import SimulatedLane, cores_of
 from gateway.simulator.result import Result, percentiles
 from gateway.simulator.scenario import Scenario
@@ -137,7 +137,9 @@ class _Cluster:
         gateway = (
             self._gateways[client % len(self._gateways)] if client is not None else self._choice.choice(self._gateways)
         )
-        gateway.worker.submit(self._scenario.gateway_cost.request_s, lambda _: self._place(gateway, sequence, True))
+        gateway.worker.submit(
+            steady(self._scenario.gateway_cost.request_s), lambda _: self._place(gateway, sequence, True)
+        )
 
     def _place(self, gateway: _Gateway, sequence: Sequence, bounded: bool) -> None:
         """As `gateway.engine` does: where it has the least to wait for, on a pipeline that stands if one does."""

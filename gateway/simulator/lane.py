@@ -9,10 +9,10 @@ from functools import partial
 
 from gateway.planner.catalogue import host_of
 from gateway.planner.cluster_plan import in_flight
-from gateway.planner.cost import Step, stage_seconds
+from gateway.planner.cost import Step, loaded_seconds
 from gateway.planner.report import DTYPE_BYTES
 from gateway.scheduler import MicroBatch, Scheduler, Sequence, StepTiming
-from gateway.simulator.clock import Clock, Cores, Spent, Worker
+from gateway.simulator.clock import Clock, Cores, Spent, Worker, steady
 from gateway.simulator.scenario import Scenario
 from stages.partition import LayerRange, parse_layer_ranges
 
@@ -106,13 +106,11 @@ class SimulatedLane:
         if flight.epoch != self.epoch:
             return
         flight.received_s = self._clock.now_s
-        alone_s, busy_s, crowded_s = (
-            stage_seconds(self.scenario.request.config, self.layers[index], gpu, step, self._dtype_bytes)
-            for gpu in self._gpus[index]
-        )
+        config = self.scenario.request.config
+        seconds = loaded_seconds(config, self.layers[index], self._gpus[index], step, self._dtype_bytes)
         if self._hop_core_s:  # other threads of the stage's process, beside its compute thread
-            self._cores.run((self._hop_core_s,) * 3, lambda _: None)
-        self._workers[index].submit((alone_s, busy_s, crowded_s), lambda spent: self._leave(flight, step, index, spent))
+            self._cores.run(steady(self._hop_core_s), lambda _: None)
+        self._workers[index].submit(seconds, lambda spent: self._leave(flight, step, index, spent))
 
     def _leave(self, flight: Flight, step: Step, index: int, spent: Spent) -> None:
         """Stage `index` has computed a step: it goes over the link, which is busy for as long as its bytes take."""
@@ -138,7 +136,7 @@ class SimulatedLane:
         self._handling_s = handling_s
         slowest_s = max(spent.elapsed_s for spent in flight.spent)  # as a stage reads it off its clock
         timing = StepTiming(slowest_s, max(0.0, ring_s - flight.in_stages_s))
-        self._gateway.submit(handling_s, lambda _: self._complete(flight, timing))
+        self._gateway.submit(steady(handling_s), lambda _: self._complete(flight, timing))
 
     def _complete(self, flight: Flight, timing: StepTiming) -> None:
         if flight.epoch != self.epoch:

@@ -15,7 +15,7 @@ from gateway.planner.cluster_plan import make_cluster_plan
 from gateway.planner.cost import Link
 from gateway.planner.types import Request
 from gateway.simulator import Failures, GatewayCost, Scenario, Traffic, simulate
-from gateway.simulator.clock import Clock, Cores, Worker
+from gateway.simulator.clock import Clock, Cores, Worker, steady
 from gateway.simulator.recovery import recoveries
 from gateway.simulator.traffic import arrivals, rate_at
 
@@ -50,7 +50,7 @@ def test_workers_do_one_thing_at_a_time_on_so_many_cores(jobs, cores) -> None:
     workers = [Worker(clock, pool) for _ in range(4)]
     ended: list[tuple[int, int, float]] = []
     for number, (worker, job_s) in enumerate(jobs):
-        workers[worker].submit(job_s, lambda _, n=number, w=worker: ended.append((w, n, clock.now_s)))
+        workers[worker].submit(steady(job_s), lambda _, n=number, w=worker: ended.append((w, n, clock.now_s)))
     clock.run(1e6)
     assert len(ended) == len(jobs)
     for worker in range(4):  # each in its own order
