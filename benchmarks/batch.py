@@ -25,13 +25,12 @@ from typing import Any
 import psutil
 
 from benchmarks.report import about, options
-from benchmarks.servers import serving_doors
+from benchmarks.servers import GATEWAY, serving_doors
 from gateway.bench.load import Generator, Outcome, Shape
 from gateway.bench.measure import checked, percentiles
 
 VOCABULARY = 20_000  # token ids below it are ordinary text in every model served
 INTERACTIVE = Shape(64, 64)
-GATEWAY = "ray::ServeReplica:stageline:gateway"
 
 
 def write_lines(path: Path, count: int, shape: Shape, vocabulary: int, seed: int) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 import grpc.aio
 import psutil
 
+from benchmarks.servers import GATEWAY
 from gateway.bench.load import Generator, Shape
 from stageline.operations.v1 import operations_service_pb2 as pb
 from stageline.operations.v1 import operations_service_pb2_grpc as pb_grpc
 
-GATEWAY = "stageline:gateway"
 LONG = Shape(64, 4096)
 BEGIN_S = 6.0  # for prompts, before anything is counted
 
@@ -52,7 +52,7 @@ def _cpu_seconds(stages: Iterable[int]) -> dict[int, dict[int, float]]:
         try:
             if process.pid in stages:
                 found[process.pid] = {one.id: one.user_time + one.system_time for one in process.threads()}
-            elif GATEWAY not in " ".join(process.cmdline()):
+            elif process.cmdline()[:1] != [GATEWAY]:
                 times = process.cpu_times()
                 found[process.pid] = {0: times.user + times.system}
         except psutil.NoSuchProcess:

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+GATEWAY = "ray::ServeReplica:stageline:gateway"
+"""The command line of a server's gateway process."""
+
 
 @contextmanager
 def serving(model: str, stages: int, *flags: str) -> Iterator[str]:

@@ -1,13 +1,15 @@
 """The application of k8s/30-rayservice.yaml, deployed on a local Ray by `serve deploy`, answers requests.
 
 Ray is told that it has the cluster's GPUs and pods, so resources stay as they are; what is replaced is the model's folder
-(tiny weights with 80 layers), the device (CPU) and the ports.
+(tiny weights with 80 layers), the device (CPU) and the ports. Then the one with a spare is deployed over it, as an edit of
+serveConfigV2 would be.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ import httpx
 import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from manifest_files import serve_config
+from manifest_files import find, planned, serve_config
 
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
@@ -45,11 +47,30 @@ ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABL
 
 @dataclass
 class Deployed:
-    """An application on a local Ray, and its serveConfigV2."""
+    """An application on a local Ray. `replaced` are the arguments that are not the cluster's."""
 
     grpc: str
     http: str
     config: dict[str, Any]
+    replaced: dict[str, dict[str, Any]]
+    dashboard: str
+    root: Path
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """`serve deploy`, and wait until it serves."""
+        self.config = config
+        for section, fields in self.replaced.items():
+            config["applications"][0]["args"][section] |= fields
+        url = httpx.URL(self.http)
+        config["http_options"] |= {"host": url.host, "port": url.port}
+        (self.root / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(self.root / "serve.yaml")]
+        done = subprocess.run(
+            [*command, "--address", self.dashboard], capture_output=True, text=True, timeout=120, env=ENVIRONMENT
+        )
+        assert done.returncode == 0, done.stderr
+        wait_until_running(self.dashboard)
+        wait_until_serving(self.grpc)
 
     def model(self) -> pb.GetModelResponse:
         with grpc.insecure_channel(self.grpc) as channel:
@@ -80,7 +101,12 @@ def cluster_resources(service: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory, ray_service) -> Iterator[Deployed]:
+def with_spare(tmp_path_factory) -> dict[str, Any]:
+    return find(planned(tmp_path_factory.mktemp("spare"), "--stages.spares", "1"), "RayService")
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory, ray_service, with_spare) -> Iterator[Deployed]:
     root = tmp_path_factory.mktemp("deploy")
     small = tiny_model(
         num_hidden_layers=80, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1
@@ -88,31 +114,26 @@ def deployed(tmp_path_factory, ray_service) -> Iterator[Deployed]:
     model = save_tiny(root / "tiny", small)
     (root / "token").write_text("0" * 64)
     dashboard, grpc_port, http_port = free_ports(3)
-    config = serve_config(ray_service)
-    args = config["applications"][0]["args"]
-    args["model"]["path"] = str(model)
-    args["stages"]["device"] = "cpu"
-    args["security"]["stage_token_file"] = str(root / "token")
-    args["server"] |= {"host": "127.0.0.1", "grpc_port": grpc_port}
-    config["http_options"] |= {"host": "127.0.0.1", "port": http_port}
-    (root / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    replaced: dict[str, dict[str, Any]] = {
+        "model": {"path": str(model)},
+        "stages": {"device": "cpu"},
+        "security": {"stage_token_file": str(root / "token")},
+        "server": {"host": "127.0.0.1", "grpc_port": grpc_port},
+    }
     head = subprocess.Popen(
-        [sys.executable, "-c", HEAD, str(dashboard), json.dumps(cluster_resources(ray_service))],
+        [sys.executable, "-c", HEAD, str(dashboard), json.dumps(cluster_resources(with_spare))],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     try:
         assert head.stdout is not None
         while (line := head.stdout.readline().strip()) != "ready":
             assert line or head.poll() is None, "Ray did not start"
-        at_dashboard = f"http://127.0.0.1:{dashboard}"
-        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(root / "serve.yaml")]
-        done = subprocess.run(
-            [*command, "--address", at_dashboard], capture_output=True, text=True, timeout=120, env=ENVIRONMENT
-        )
-        assert done.returncode == 0, done.stderr
-        wait_until_running(at_dashboard)
-        wait_until_serving(f"127.0.0.1:{grpc_port}")
-        yield Deployed(f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}", config)
+        here = Deployed(
+            grpc=f"127.0.0.1:{grpc_port}", http=f"http://127.0.0.1:{http_port}", config={}, replaced=replaced,
+            dashboard=f"http://127.0.0.1:{dashboard}", root=root,
+        )  # fmt: skip
+        here.deploy(serve_config(ray_service))
+        yield here
     finally:
         assert head.stdin is not None
         head.stdin.close()  # the head's process ends, and with it everything that Ray started
@@ -172,6 +193,21 @@ def test_both_doors_answer_the_same(deployed: Deployed) -> None:
     reply = httpx.post(f"{deployed.http}/v1/completions", json=body, timeout=60).json()
     assert reply["choices"][0]["text"] == choice.text
     assert reply["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.timeout(300)
+def test_with_a_spare_it_deploys_too_and_the_spare_takes_a_lost_stage(deployed: Deployed, with_spare) -> None:
+    before = deployed.generate(8)
+    deployed.deploy(serve_config(with_spare))
+    deadline = time.monotonic() + 120
+    while not (spares := deployed.model().spares):
+        assert time.monotonic() < deadline, "no spare"
+        time.sleep(0.1)
+    [spare] = spares
+    assert (spare.state, spare.layers) == ("unbound", "any")
+    os.kill(pids(deployed.model())[1], signal.SIGKILL)  # the stage with most bytes
+    assert deployed.generate(8).choices == before.choices
+    assert pids(deployed.model())[1] == spare.pid
 
 
 def pids(model: pb.GetModelResponse) -> list[int]:

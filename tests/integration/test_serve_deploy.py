@@ -108,7 +108,7 @@ def test_serve_deploy_and_serve_run(tmp_path: Path) -> None:
             check_both_doors(base, grpc_ports[0])
 
             # A second application beside it, with the arguments as `serve run` takes them.
-            pairs = (f"model={model}", "stages=1", "dtype=float32", f"grpc_port={grpc_ports[1]}")
+            pairs = (f"model={model}", "stages=3", "dtype=float32", f"grpc_port={grpc_ports[1]}")
             command = script(
                 "serve", "run", "gateway.app:build", "--address", address, "--name", "run", "--route-prefix", "/run",
                 *pairs, "kv_cache.num_blocks=64",

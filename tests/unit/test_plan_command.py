@@ -7,9 +7,7 @@ import json
 import pytest
 
 from gateway.cli import main
-from gateway.planner.catalogue import (
-    known_models,
-)
+from gateway.planner.catalogue import known_models
 
 
 def run(capsys, *args: str) -> tuple[int, str, str]:
