@@ -19,6 +19,7 @@ from typing import Any
 from gateway.access import Audit, Doorkeeper
 from gateway.batch.opening import check_state
 from gateway.cli.options import add_config_arguments, config_from
+from gateway.cli.ports import free_port
 from gateway.cli.progress import Loads, Progress
 from gateway.cli.servers import new_stage_token, register
 from gateway.config import Config
@@ -142,27 +143,28 @@ def _complete(config: Config) -> Config:
     Doorkeeper(config.security.keys_file, Audit(config.security.audit_file))
     StageAccess(**config.security.stage_files())
     check_state(config.batch)
-    server = {
-        "grpc_port": _free_port(config.server.host, config.server.grpc_port, "server.grpc_port"),
-        "http_port": _free_port(config.server.host, config.server.http_port, "server.http_port"),
-    }
-    if server["grpc_port"] == server["http_port"]:
+    server = config.server
+    _check_listening(server.host, server.grpc_port, "server.grpc_port")
+    _check_listening(server.host, server.http_port, "server.http_port")
+    grpc_port = server.grpc_port or free_port(server.host, avoid=[server.http_port])
+    http_port = server.http_port or free_port(server.host, avoid=[grpc_port])
+    if grpc_port == http_port:
         raise ConfigError(
-            "PORT_IN_USE", f"gRPC and HTTP cannot both listen on port {server['grpc_port']}", field="server.http_port"
+            "PORT_IN_USE", f"gRPC and HTTP cannot both listen on port {grpc_port}", field="server.http_port"
         )
     model = config.model.absolute()
     name = config.model.name or os.path.basename(model.path.rstrip("/"))
     return config.model_copy(
         update={
             "model": model.model_copy(update={"name": name}),
-            "server": config.server.model_copy(update=server),
+            "server": server.model_copy(update={"grpc_port": grpc_port, "http_port": http_port}),
             "stages": config.stages.model_copy(update={"host": config.stages.host or "127.0.0.1"}),
             "security": config.security.absolute(),
         }
     )
 
 
-def _free_port(host: str, port: int, field: str) -> int:
+def _check_listening(host: str, port: int, field: str) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -175,7 +177,6 @@ def _free_port(host: str, port: int, field: str) -> int:
                 field=field,
                 port=port,
             ) from None
-        return int(probe.getsockname()[1])
 
 
 def _start_ray(config: Config) -> None:

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -37,6 +36,7 @@ from process_nursery import Nursery, nursery
 from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tests.ports import free_ports
 
 STALL_S = 120.0  # with a real model on a busy machine, behind a stage that is started again
 SETTINGS = {"max_waiting_sequences": 48, "max_step_tokens": 48, "max_step_sequences": 12, "lease_s": 2.0}
@@ -291,7 +291,7 @@ class ModelStages:
         self._model, self._rng, self._dtype, self._lock = model, rng, dtype, threading.Lock()
         cut = num_layers // 2
         self._layers = (f"0-{cut}", f"{cut}-{num_layers}")
-        self._processes = [self._start(layers, _free_port()) for layers in self._layers]
+        self._processes = list(map(self._start, self._layers, free_ports(len(self._layers))))
         self.running = [self._ready(process) for process in self._processes]
 
     def kill(self) -> None:
@@ -326,12 +326,6 @@ class ModelStages:
 def _until_gone(pid: int) -> None:
     while Path(f"/proc/{pid}").exists():
         time.sleep(0.001)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @contextmanager

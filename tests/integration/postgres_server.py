@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,6 +12,8 @@ from glob import glob
 from pathlib import Path
 
 import psycopg
+
+from tests.ports import free_ports
 
 USER, PASSWORD = "stageline", "s3cret/w@rd"
 
@@ -39,8 +40,7 @@ class PostgresServer:
         )
         if self._as:
             shutil.chown(self._folder, "nobody", "nogroup")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        [self.port] = free_ports(1)
         (self._folder / "password").write_text(PASSWORD)
         (self._folder / "password").chmod(0o644)
         self._run(

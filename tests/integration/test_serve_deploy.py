@@ -33,10 +33,16 @@ def script(name: str, *args: str) -> list[str]:
     return [str(Path(sys.executable).with_name(name)), *args]
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 150.0) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 240.0, address: str | None = None) -> None:
+    """Wait for `condition`; a failure shows what Serve says at the dashboard's `address`."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_s, f"waited in vain for {what}"
+        if time.monotonic() > deadline_s:
+            command = script("serve", "status", "--address", str(address))
+            status = (
+                subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=60).stdout if address else ""
+            )
+            pytest.fail(f"waited in vain for {what}: {status}")
         time.sleep(0.2)
 
 
@@ -82,6 +88,7 @@ def check_both_doors(http: str, grpc_port: int) -> None:
     assert answer["choices"][0]["text"] == choice.text
 
 
+@pytest.mark.timeout(900)
 def test_serve_deploy_and_serve_run(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "tiny", tiny_model())
     dashboard, http, *grpc_ports = free_ports(4)
@@ -102,9 +109,9 @@ def test_serve_deploy_and_serve_run(tmp_path: Path) -> None:
     # Not tmp_path: Ray's sockets lie in it, and a socket's path has 107 bytes at most.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         with ray_cluster(Path(folder), dashboard) as address:
-            subprocess.run(script("serve", "deploy", *at_dashboard, str(file)), check=True, env=ENV, timeout=60)
+            subprocess.run(script("serve", "deploy", *at_dashboard, str(file)), check=True, env=ENV, timeout=120)
             base = f"http://127.0.0.1:{http}"
-            until(lambda: answers(f"{base}/readyz"), "the deployed application")
+            until(lambda: answers(f"{base}/readyz"), "the deployed application", address=at_dashboard[1])
             check_both_doors(base, grpc_ports[0])
 
             # A second application beside it, with the arguments as `serve run` takes them.
@@ -119,7 +126,7 @@ def test_serve_deploy_and_serve_run(tmp_path: Path) -> None:
                     command, stdout=log, stderr=log, env=ENV,
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )  # fmt: skip
-            until(lambda: answers(f"{base}/run/readyz"), "the application of serve run")
+            until(lambda: answers(f"{base}/run/readyz"), "the application of serve run", address=at_dashboard[1])
             check_both_doors(f"{base}/run", grpc_ports[1])
             running.send_signal(signal.SIGINT)
             running.wait(timeout=60)
