@@ -20,20 +20,11 @@ import grpc
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.ports import free_ports
+from tests.ray_environment import RAY_ENVIRONMENT
 
 APPLICATION = "stageline"
 NODE_ATTEMPTS = 4
 START_TIMEOUT_S = 600.0
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_COLOR_PREFIX": "0",
-    # What Ray allows itself is too little where everything shares two cores.
-    "RAY_worker_register_timeout_seconds": "180",
-}
 
 
 def until(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
@@ -178,7 +169,7 @@ def ray_serve(model: str, shape: Shape, *, num_stages: int = 2, dtype: str = "fl
             args.setdefault(section, {})[key] = value.format(temp_dir=temp_dir) if isinstance(value, str) else value
         if shape.disk_mib:
             stack.enter_context(_small_disk(temp_dir, shape.disk_mib))
-        environment = {**ENVIRONMENT, "RAY_TMPDIR": str(temp_dir)}
+        environment = {**RAY_ENVIRONMENT, "RAY_TMPDIR": str(temp_dir)}
         if shape.redis:
             environment["RAY_REDIS_ADDRESS"] = stack.enter_context(_redis(temp_dir))
         old = {name: os.environ.get(name) for name in environment}

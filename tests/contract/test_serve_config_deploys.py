@@ -30,6 +30,7 @@ from stageline.inference.v1 import generation_pb2 as gen
 from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.ports import free_ports
+from tests.ray_environment import RAY_ENVIRONMENT
 from tests.tiny import save_tiny, tiny_model
 
 HEAD = """
@@ -42,7 +43,7 @@ sys.stdin.read()
 SERVICE = "stageline.inference.v1.InferenceService"
 START_S = 240
 PROMPT = [5, 77, 300, 12, 9, 9, 41]
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {**os.environ, **RAY_ENVIRONMENT}
 
 
 @dataclass

@@ -22,6 +22,7 @@ from process_nursery import ToyGateway
 
 from gateway.batch.dataset.journal import ShardJournal
 from gateway.batch.dataset.storage import Place
+from tests.ray_environment import RAY_ENVIRONMENT
 
 HEAD = """
 import sys, ray
@@ -58,7 +59,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[Cluster]:
     """One for the module."""
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    env = {**os.environ, **RAY_ENVIRONMENT}
     head = subprocess.Popen(
         [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=env,

@@ -23,10 +23,11 @@ from stageline.inference.v1 import inference_service_pb2 as pb
 from stageline.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.parity.test_model import reference
 from tests.ports import free_ports
+from tests.ray_environment import RAY_ENVIRONMENT
 from tests.tiny import save_tiny, tiny_model
 
 PROMPT = [5, 77, 300, 12, 9, 9, 41]
-ENV = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+ENV = {**os.environ, **RAY_ENVIRONMENT}
 
 
 def script(name: str, *args: str) -> list[str]:
