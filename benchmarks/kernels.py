@@ -2,8 +2,9 @@
 
 `python -m benchmarks.kernels --model FOLDER`. All layers and `lm_head` in one stage, random tokens and KV. The two sides
 run in turn; a ratio is the median of the products alone over the median of the whole forward, so 1 is the bound that
-matrix products set. Prints one JSON object, then a Markdown table; `--twin` times the
-slow twin of the products beside it, `--profile` adds the operators of one case.
+matrix products set. Prints one JSON object, then a Markdown table; `--twin` times a slow twin
+beside it, with weights in the checkpoint's layout (`products`) or torch's operators in place of compiled functions (`operators`);
+`--profile` adds the operators of one case.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ def load(
     quantization: str | None = None,
     *,
     packed_weights: bool = True,
+    compiled: bool = True,
 ) -> StageRunner:
     """These layers as one stage, with a KV cache; without `layers` the whole model."""
     layers = layers or LayerRange(0, checkpoint.config.num_layers)
     runner = StageRunner(
         checkpoint.config, layers, dtype=dtype, device=torch.device("cpu"), block_size_tokens=BLOCK_TOKENS,
-        quantization=quantization, packed_weights=packed_weights,
+        quantization=quantization, packed_weights=packed_weights, compiled=compiled,
     )  # fmt: skip
     load_weights(checkpoint, layers, runner.model, dtype=dtype)
     runner.allocate_kv(NUM_BLOCKS)
@@ -112,16 +114,15 @@ def main() -> int:
     parser.add_argument("--decode-runs", type=int, default=41)
     parser.add_argument("--prefill-runs", type=int, default=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--twin", action="store_true", help="also run the slow twin: weights in the checkpoint's layout"
-    )
+    parser.add_argument("--twin", choices=("products", "operators"), help="also run this slow twin")
     parser.add_argument("--profile", choices=tuple(CASES), help="also print where this case's time goes, to stderr")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     checkpoint, dtype = open_checkpoint(args.model), getattr(torch, args.dtype)
     runner = load(checkpoint, dtype)
-    twin = load(checkpoint, dtype, packed_weights=False) if args.twin else None
+    other = {"packed_weights": args.twin != "products", "compiled": args.twin != "operators"}
+    twin = load(checkpoint, dtype, **other) if args.twin else None
     results = {}
     for name, (rows, new_tokens, context, target) in CASES.items():
         batch = batch_of(rows, new_tokens, context, runner.config.vocab_size)

@@ -13,6 +13,7 @@ from stages.attention import AttentionContext, make_attention
 from stages.attention.portable import PortableAttention
 from stages.attention.self_check import self_check
 from stages.batch import StepBatch
+from stages.compiled.choice import compiled_functions
 from stages.config import ModelConfig
 from stages.graphs import DecodeGraphs, Recorder
 from stages.kv_cache import KVCache, KVTags
@@ -41,11 +42,13 @@ class StageRunner:
         batch_invariant: bool = False,
         block_size_tokens: int = 16,
         packed_weights: bool = True,
+        compiled: bool = True,
         debug_kv: bool = False,
         quantization: str | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         """`packed_weights=False` keeps weights in the checkpoint's layout: the slow twin of the CPU's packed products.
+        `compiled=False` keeps torch's operators: the slow twin of the CPU's compiled functions.
         `debug_kv` tags every KV slot and checks the tags of all that a row reads (slow).
         `quantization` is None, int8 or int4 (weights only). Raises ConfigError where the device has no kernel for it.
         `recorder` makes graphs of decode steps, where the attention backend can be recorded."""
@@ -58,11 +61,20 @@ class StageRunner:
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
         self.block_size_tokens, self.quantization = block_size_tokens, quantization
         self.transfers = transfers_for(device)
+        functions, refused = None, ""
+        if compiled and not batch_invariant:
+            functions, refused = compiled_functions(
+                config, layers, dtype=dtype, device=device, block_size_tokens=block_size_tokens
+            )
         attention = make_attention(
-            device=device, dtype=dtype, block_size_tokens=block_size_tokens, batch_invariant=batch_invariant
+            device=device,
+            dtype=dtype,
+            block_size_tokens=block_size_tokens,
+            batch_invariant=batch_invariant,
+            functions=functions,
         )
-        self.attention_report = attention.name
-        if attention.name == "varlen":
+        self.attention_report = f"{attention.name}{refused}"
+        if attention.name in ("varlen", "compiled"):
             check = self_check(
                 attention,
                 num_heads=config.num_heads,
@@ -87,6 +99,7 @@ class StageRunner:
             batch_invariant=batch_invariant,
             packed_weights=packed_weights,
             quantization=quantization,
+            functions=functions,
         )
         self._kv: KVCache | None = None
         self._debug_kv = debug_kv

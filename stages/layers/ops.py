@@ -7,10 +7,14 @@ with zeros, so that a product always has the same shape and a row's bits cannot 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:  # numba is imported only where it is used
+    from stages.compiled.functions import CompiledFunctions
 
 CHUNK_ROWS = 16
 
@@ -32,14 +36,25 @@ class RMSNorm(nn.Module):
     The scale is rsqrt(|x|² / D + eps): a norm reads bfloat16 rows directly, a mean of squares needs two float32 copies.
     """
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        functions: CompiledFunctions | None = None,
+    ) -> None:
         super().__init__()
+        self._functions = functions
         self._eps_1 = torch.tensor([eps], dtype=torch.float32, device=device)
         self._inverse_size = 1.0 / size
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D], same dtype."""
+        if self._functions is not None:
+            return self._functions.norm(x_TD, self.weight, self._eps_1)
         norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True, dtype=torch.float32)
         scale_T1 = torch.addcmul(self._eps_1, norm_T1, norm_T1, value=self._inverse_size).rsqrt_()
         # Multiplied in float32, rounded to the model's dtype before the weight.

@@ -6,7 +6,7 @@ T tokens, D hidden size, F feed-forward size, N query heads, K KV heads, H head 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,33 @@ from stages.layers.linear import Linear, ProductChooser
 from stages.layers.ops import RMSNorm, RotaryEmbedding, in_chunks, rotate_
 from stages.partition import EMBEDDING, FINAL_NORM, LM_HEAD, LayerRange, tensor_shapes
 
+if TYPE_CHECKING:  # numba is imported only where it is used
+    from stages.compiled.functions import CompiledFunctions
+
 
 class DecoderLayer(nn.Module):
     """Attention and MLP with their norms; Q, K and V are one product, gate and up another."""
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, chooser: ProductChooser
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        chooser: ProductChooser,
+        functions: CompiledFunctions | None,
     ) -> None:
         super().__init__()
         make: Any = {"dtype": dtype, "device": device}
+        norm: Any = {**make, "functions": functions}
         products: Any = {**make, "chooser": chooser}
         self.q_size = config.num_heads * config.head_dim
         self.kv_size = config.num_kv_heads * config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.input_norm = RMSNorm(hidden, config.rms_norm_eps, **make)
+        self.input_norm = RMSNorm(hidden, config.rms_norm_eps, **norm)
         self.qkv = Linear(hidden, self.q_size + 2 * self.kv_size, bias=config.qkv_bias, **products)
         self.o = Linear(self.q_size, hidden, bias=False, **products)
-        self.post_norm = RMSNorm(hidden, config.rms_norm_eps, **make)
+        self.post_norm = RMSNorm(hidden, config.rms_norm_eps, **norm)
         self.gate_up = Linear(hidden, 2 * inner, bias=False, gated=True, **products)
         self.down = Linear(inner, hidden, bias=False, **products)
 
@@ -65,23 +75,26 @@ class Qwen2Stage(nn.Module):
         batch_invariant: bool = False,
         packed_weights: bool = True,
         quantization: str | None = None,
+        functions: CompiledFunctions | None = None,
     ) -> None:
-        """`packed_weights=False` multiplies with the checkpoint's layout: the slow twin."""
+        """`packed_weights=False` multiplies with the checkpoint's layout: the slow twin, as torch's operators without `functions` are."""
         super().__init__()
         make: Any = {"dtype": dtype, "device": device}
         self.products = ProductChooser(
             packed=packed_weights, batch_invariant=batch_invariant, quantization=quantization
         )
         self.config, self.layer_range, self.attention = config, layers, attention
+        self._functions = functions
         self.batch_invariant = batch_invariant
         self.is_first, self.is_last = layers.is_first(), layers.is_last(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, chooser=self.products, **make) for _ in range(len(layers)))
+        parts: Any = {**make, "chooser": self.products, "functions": functions}
+        self.layers = nn.ModuleList(DecoderLayer(config, **parts) for _ in range(len(layers)))
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, device=device)
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(vocabulary, **make), requires_grad=False) if self.is_first else None
         self.lm_head: Linear | None = None
         if self.is_last:
-            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **make)
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, functions=functions, **make)
             self.lm_head = Linear(
                 config.hidden_size, config.vocab_size, bias=False, chooser=self.products, is_head=True, **make,
                 shared_weight=self.embedding if config.tie_word_embeddings else None,
@@ -92,15 +105,20 @@ class Qwen2Stage(nn.Module):
     def forward(self, input_T: Tensor, context: AttentionContext, kv: KVCache) -> Tensor:
         """int64 token ids [T] on the first stage, hidden states [T, D] on the others → hidden states [T, D]."""
         hidden_TD = F.embedding(input_T, self.embedding) if self.embedding is not None and self.is_first else input_T
-        cos_T1H, signed_sin_T1H = self.rotary.angles(context.positions_T, hidden_TD.dtype)
+        angles_T1H = self.rotary.angles(context.positions_T, hidden_TD.dtype)
         config = self.config
         head_sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         for index, layer in enumerate(self.layers, start=self.layer_range.start_layer):
             assert isinstance(layer, DecoderLayer)
             heads_TAH = self._by_row(layer.project, hidden_TD).unflatten(-1, (-1, config.head_dim))
-            rotate_(heads_TAH.narrow(1, 0, config.num_heads + config.num_kv_heads), cos_T1H, signed_sin_T1H)
             q_TNH, k_TKH, v_TKH = heads_TAH.split(head_sizes, 1)
-            kv.write(index, context.slots_T, k_TKH, v_TKH)
+            if self._functions is not None:
+                self._functions.rotate_and_store(
+                    heads_TAH, config.num_heads, angles_T1H, context.slots_T, *kv.layer(index)
+                )
+            else:
+                rotate_(heads_TAH.narrow(1, 0, config.num_heads + config.num_kv_heads), *angles_T1H)
+                kv.write(index, context.slots_T, k_TKH, v_TKH)
             attended_TNH = self.attention.forward(q_TNH, *kv.layer(index), context, self.config.sliding_windows[index])
             attended_TD = attended_TNH.flatten(1)
             hidden_TD = self._finish(layer, hidden_TD, attended_TD)

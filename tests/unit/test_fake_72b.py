@@ -48,8 +48,9 @@ def context(rows: tuple[tuple[int, int], ...]) -> AttentionContext:
     )
 
 
-@pytest.mark.parametrize("attention", ["portable", "varlen"])
-@pytest.mark.parametrize("num_stages", [4, 8, 10, 80])
+@pytest.mark.parametrize(
+    ("num_stages", "attention"), [(4, "portable"), (8, "varlen"), (10, "portable"), (80, "varlen")]
+)
 def test_every_layer_runs_at_full_shapes(num_stages: int, attention: str) -> None:
     config = ModelConfig.from_dict(QWEN2_72B)
     parameters = 0

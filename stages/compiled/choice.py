@@ -1,0 +1,32 @@
+"""Whether a stage runs compiled functions; numba is imported only where it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from stages.config import ModelConfig
+from stages.partition import LayerRange, num_parameters
+
+if TYPE_CHECKING:
+    from stages.compiled.functions import CompiledFunctions
+
+COMPILED_FROM_PARAMETERS = 5_000_000
+"""Importing numba takes half a second, and seconds where nothing was compiled before: stages of fewer parameters are for tests."""
+
+
+def compiled_functions(
+    config: ModelConfig, layers: LayerRange, *, dtype: torch.dtype, device: torch.device, block_size_tokens: int
+) -> tuple[CompiledFunctions | None, str]:
+    """The functions, or None; and why not, where they would have been taken."""
+    if device.type != "cpu" or num_parameters(config, layers) < COMPILED_FROM_PARAMETERS:
+        return None, ""
+    if block_size_tokens % 4 or config.head_dim % 2:
+        return None, "; compiled functions want kv_cache.block_size_tokens in multiples of 4 and an even head size"
+    try:
+        from stages.compiled.functions import CompiledFunctions
+
+        return CompiledFunctions(dtype, config.head_dim), ""
+    except (ImportError, OSError, RuntimeError) as error:  # no numba, another OpenMP, nowhere to keep what was compiled
+        return None, f"; compiled functions are not used: {error}"
