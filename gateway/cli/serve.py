@@ -30,6 +30,19 @@ from stages.checkpoint import open_checkpoint
 from stages.logs import log_to_stderr
 from stages.server.access import StageAccess
 
+RAY_ENVIRONMENT = {
+    # A local cluster has no strangers to keep out, and a token file in the home directory would outlive it.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray nices its workers to 15: every other process here would go before the stages.
+    "RAY_worker_niceness": "0",
+    # Serve's own chatter stays in its log files; what stages and gateway say comes through.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # On a busy machine the HTTP proxy needs longer than Serve's 5 s to start, and Serve gives up with a traceback.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+"""Of the local cluster, where nothing else is set."""
+
 _APPLICATION = "stageline"
 
 logger = logging.getLogger("stageline.serve")
@@ -180,15 +193,8 @@ def _check_listening(host: str, port: int, field: str) -> None:
 
 
 def _start_ray(config: Config) -> None:
-    # A local cluster has no strangers to keep out, and a token file in the home directory would outlive it.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray nices its workers to 15: every other process here would go before the stages.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # Serve's own chatter stays in its log files; what stages and gateway say comes through.
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    # On a busy machine the HTTP proxy needs longer than Serve's 5 s to start, and Serve gives up with a traceback.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     import ray
