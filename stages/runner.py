@@ -73,7 +73,7 @@ class StageRunner:
             batch_invariant=batch_invariant,
             functions=functions,
         )
-        self.attention_report = f"{attention.name}{refused}"
+        self.attention_report = f"{attention.name}; {refused}" if refused else attention.name
         if attention.name in ("varlen", "compiled"):
             check = self_check(
                 attention,

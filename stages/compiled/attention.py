@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
+from stages.compiled import UNROLL
 from stages.compiled.memory import ELEMENTS, compiled, float_of, narrowed, take, view, widened
 
 ALL = 1 << 40  # elements of a cache, positions of a sequence: nothing asks how many there are
-UNROLL = 4  # positions multiplied at once; a block has a multiple of them
 TILE_ELEMENTS = 1 << 13  # of keys or values, widened: 32 KiB, a core's first cache
 # Not `nnan` and `ninf`: a NaN must come out as one.
 FAST = {"reassoc", "contract", "nsz", "arcp"}

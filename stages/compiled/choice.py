@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stages.compiled import UNROLL
 from stages.config import ModelConfig
 from stages.partition import LayerRange, num_parameters
 
@@ -22,11 +23,12 @@ def compiled_functions(
     """The functions, or None; and why not, where they would have been taken."""
     if device.type != "cpu" or num_parameters(config, layers) < COMPILED_FROM_PARAMETERS:
         return None, ""
-    if block_size_tokens % 4 or config.head_dim % 2:
-        return None, "; compiled functions want kv_cache.block_size_tokens in multiples of 4 and an even head size"
+    if block_size_tokens % UNROLL or config.head_dim % 2:
+        wanted = f"kv_cache.block_size_tokens in multiples of {UNROLL} and an even head size"
+        return None, f"compiled functions want {wanted}"
     try:
         from stages.compiled.functions import CompiledFunctions
 
         return CompiledFunctions(dtype, config.head_dim), ""
-    except (ImportError, OSError, RuntimeError) as error:  # no numba, another OpenMP, nowhere to keep what was compiled
-        return None, f"; compiled functions are not used: {error}"
+    except (ImportError, OSError, RuntimeError) as error:  # no numba, another OpenMP, a processor unknown to LLVM
+        return None, f"compiled functions are not used: {error}"

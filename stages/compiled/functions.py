@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.attention.base import AttentionContext
-from stages.compiled.attention import ALL, UNROLL, decode_attention
+from stages.compiled import UNROLL
+from stages.compiled.attention import ALL, decode_attention
 from stages.compiled.rows import rms_norm, rotate_and_store
 
 # Work of fewer elements is over before another thread has begun.
@@ -39,7 +39,8 @@ class CompiledFunctions:
         num_tokens, size = x_TD.shape
         out_TD = torch.empty_like(x_TD)
         addresses = x_TD.data_ptr(), out_TD.data_ptr(), weight_D.data_ptr(), epsilon_1.data_ptr()
-        self._run(self._norm, num_tokens, num_tokens * size, lambda share: (*addresses, num_tokens, size, share))
+        threads = _threads(num_tokens * size)
+        self._run(self._norm, threads, *addresses, num_tokens, size, _share(num_tokens, threads))
         return out_TD
 
     def rotate_and_store(
@@ -57,10 +58,8 @@ class CompiledFunctions:
         num_tokens, num_kv_heads = len(heads_TAH), keys_BSKH.shape[2]
         tensors = heads_TAH, *angles, slots_T, keys_BSKH, values_BSKH
         addresses = [tensor.data_ptr() for tensor in tensors]
-        self._run(
-            self._rotate, num_tokens, heads_TAH.numel(),
-            lambda share: (*addresses, num_tokens, num_heads, num_kv_heads, share),
-        )  # fmt: skip
+        threads = _threads(heads_TAH.numel())
+        self._run(self._rotate, threads, *addresses, num_tokens, num_heads, num_kv_heads, _share(num_tokens, threads))
 
     def attend(
         self, q_RNH: Tensor, keys_BSKH: Tensor, values_BSKH: Tensor, context: AttentionContext, window: int | None
@@ -75,20 +74,26 @@ class CompiledFunctions:
         # The heads of a token lie side by side: they are read in one go, unless there are too few rows for all threads.
         span = num_kv_heads if num_rows >= 2 * torch.get_num_threads() else 1
         tensors = q_RNH, keys_BSKH, values_BSKH, out_RNH, tables_RM, context.context_lens_R
-        arguments = (
-            *(tensor.data_ptr() for tensor in tensors), num_rows, num_kv_heads, num_heads // num_kv_heads, tables_RM.shape[1],
-            block_size, q_RNH.stride(0), window or ALL, span,
-        )  # fmt: skip
         seen = sum(context.context_lens[:num_rows]) * num_kv_heads * head_dim
-        self._run(self._attend, num_rows * num_kv_heads // span, seen, lambda share: arguments)
+        self._run(
+            self._attend, _threads(seen), *(tensor.data_ptr() for tensor in tensors), num_rows, num_kv_heads,
+            num_heads // num_kv_heads, tables_RM.shape[1], block_size, q_RNH.stride(0), window or ALL, span,
+        )  # fmt: skip
         return out_RNH
 
-    def _run(self, entry: int, items: int, elements: int, arguments: Callable[[int], tuple[int, ...]]) -> None:
-        threads = torch.get_num_threads() if elements >= PARALLEL_ELEMENTS else 1
-        # Four shares for each thread: one that is held up leaves the rest to the others.
-        given = array("q", (0, *arguments(max(1, items // (4 * threads)))))
+    def _run(self, entry: int, threads: int, *arguments: int) -> None:
+        given = array("q", (0, *arguments))
         address, _ = given.buffer_info()
         if threads == 1:
             self._alone[entry](address)
         else:
             self._parallel(entry, address, threads, 0)
+
+
+def _threads(elements: int) -> int:
+    return torch.get_num_threads() if elements >= PARALLEL_ELEMENTS else 1
+
+
+def _share(num_tokens: int, threads: int) -> int:
+    """Tokens that a thread takes at once: four shares for each, so that one that is held up leaves the rest to the others."""
+    return max(1, num_tokens // (4 * threads))

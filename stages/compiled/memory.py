@@ -9,8 +9,9 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
+_BITS = ir.IntType(32)
 ARGUMENTS = types.void(types.CPointer(types.int64))
 """Of every compiled function: an address of int64 numbers, which are addresses and sizes. The first counts the items taken."""
 
@@ -56,16 +57,6 @@ def float_of(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def bits_of(typing_context: Any, value: Any) -> Any:
-    """The bits (uint32) of a float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
 @njit(inline="always")
 def view(address, length, dtype):  # type: ignore[no-untyped-def]
     """`length` elements at an address, as an array."""
@@ -76,30 +67,29 @@ ELEMENTS = {"float32": np.float32, "bfloat16": np.uint16}
 """What a tensor's elements are to numba. It knows no bfloat16: to it one is the upper half of a float32."""
 
 
-def widened(element: Any) -> Any:
+@intrinsic  # type: ignore[untyped-decorator]
+def widened(typing_context: Any, element: Any) -> Any:
     """An element as float32."""
-    raise NotImplementedError  # in compiled functions alone, as below
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if element == types.float32:
+            return args[0]
+        return builder.bitcast(builder.shl(builder.zext(args[0], _BITS), _BITS(16)), ir.FloatType())
+
+    return types.float32(element), generate
 
 
-def narrowed(value: Any, like: Any) -> Any:
+@intrinsic  # type: ignore[untyped-decorator]
+def narrowed(typing_context: Any, value: Any, like: Any) -> Any:
     """A float32 as an element like another; bfloat16: the nearest, ties to even."""
-    raise NotImplementedError
 
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if like == types.float32:
+            return args[0]
+        bits = builder.bitcast(args[0], _BITS)
+        odd = builder.and_(builder.lshr(bits, _BITS(16)), _BITS(1))
+        return builder.trunc(
+            builder.lshr(builder.add(builder.add(bits, _BITS(0x7FFF)), odd), _BITS(16)), ir.IntType(16)
+        )
 
-@overload(widened)
-def _widened(element):  # type: ignore[no-untyped-def]
-    if element == types.float32:
-        return lambda element: element
-    return lambda element: float_of(np.uint32(element) << np.uint32(16))
-
-
-@overload(narrowed)
-def _narrowed(value, like):  # type: ignore[no-untyped-def]
-    if like == types.float32:
-        return lambda value, like: value
-
-    def round_to_bfloat16(value, like):  # type: ignore[no-untyped-def]
-        bits = bits_of(value)
-        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-    return round_to_bfloat16
+    return like(types.float32, like), generate

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,14 +35,22 @@ def functions(request) -> tuple[CompiledFunctions, torch.dtype]:
     return CompiledFunctions(request.param, HEAD_DIM), request.param
 
 
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(params=[1, compiled.PARALLEL_ELEMENTS], ids=["on two threads", "on one"])
 def threads(request, monkeypatch: pytest.MonkeyPatch):
     """From how many elements on more than one thread works."""
     monkeypatch.setattr(compiled, "PARALLEL_ELEMENTS", request.param)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with on_threads(2):
+        yield
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 257])
@@ -103,11 +115,9 @@ def test_threads_share_out_the_same_bits(functions, monkeypatch: pytest.MonkeyPa
     q_TNH = torch.randn(24, 8, HEAD_DIM).to(dtype)
     alone = ours.attend(q_TNH, keys, values, context, None)
     monkeypatch.setattr(compiled, "PARALLEL_ELEMENTS", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    for _ in range(50):
-        assert torch.equal(ours.attend(q_TNH, keys, values, context, None), alone)
-    torch.set_num_threads(before)
+    with on_threads(4):
+        for _ in range(50):
+            assert torch.equal(ours.attend(q_TNH, keys, values, context, None), alone)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -157,7 +167,7 @@ def test_with_every_form_of_products_it_says_what_operators_say(tmp_path, for_al
 
 
 def test_a_stage_without_numba_says_so_and_computes(tmp_path, for_all_sizes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "stages.compiled.functions", None)
+    monkeypatch.setitem(sys.modules, "stages.compiled.functions", None)
     model = tiny_model()
     chain = Chain(save_tiny(tmp_path, model), [0, 4])
     assert "portable; compiled functions are not used" in chain.stages[0].report()
