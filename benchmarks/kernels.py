@@ -106,6 +106,11 @@ def alternate(sides: tuple[Callable[[], object], ...], runs: int) -> list[list[f
     return times_ms
 
 
+def quartiles(times_ms: list[float]) -> list[float]:
+    """Rounded; of one run itself."""
+    return [round(q, 2) for q in (statistics.quantiles(times_ms) if len(times_ms) > 1 else times_ms)]
+
+
 def main() -> int:
     """Load, time, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -136,8 +141,8 @@ def main() -> int:
             "products_ms": round(medians[1], 2),
             "ratio": round(medians[1] / medians[0], 3),
             "target": target,
-            "whole_quartiles_ms": [round(q, 2) for q in statistics.quantiles(whole_ms)],
-            "products_quartiles_ms": [round(q, 2) for q in statistics.quantiles(bare_ms)],
+            "whole_quartiles_ms": quartiles(whole_ms),
+            "products_quartiles_ms": quartiles(bare_ms),
             "runs": len(whole_ms),
         }
         if twin_ms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,13 +14,16 @@ from stages.attention import AttentionContext, make_attention
 from stages.attention.portable import PortableAttention
 from stages.attention.self_check import self_check
 from stages.batch import StepBatch
-from stages.compiled.choice import compiled_functions
+from stages.compiled.choice import compiled_functions, decode_steps
 from stages.config import ModelConfig
 from stages.graphs import DecodeGraphs, Recorder
 from stages.kv_cache import KVCache, KVTags
 from stages.models.qwen2 import Qwen2Stage
 from stages.partition import LayerRange, kv_bytes_per_token
 from stages.transfers import transfers_for
+
+if TYPE_CHECKING:  # numba is imported only where it is used
+    from stages.compiled.decode import DecodeSteps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights and hidden states are computed in, by name; StageSpec's `dtype`."""
@@ -62,7 +66,7 @@ class StageRunner:
         self.block_size_tokens, self.quantization = block_size_tokens, quantization
         self.transfers = transfers_for(device)
         functions, refused = None, ""
-        if compiled and not batch_invariant:
+        if compiled:
             functions, refused = compiled_functions(
                 config, layers, dtype=dtype, device=device, block_size_tokens=block_size_tokens
             )
@@ -71,7 +75,7 @@ class StageRunner:
             dtype=dtype,
             block_size_tokens=block_size_tokens,
             batch_invariant=batch_invariant,
-            functions=functions,
+            functions=None if batch_invariant else functions,
         )
         self.attention_report = f"{attention.name}; {refused}" if refused else attention.name
         if attention.name in ("varlen", "compiled"):
@@ -102,6 +106,8 @@ class StageRunner:
             functions=functions,
         )
         self._kv: KVCache | None = None
+        self._functions = functions
+        self._decode: DecodeSteps | None = None
         self._debug_kv = debug_kv
         self._tags: KVTags | None = None
 
@@ -114,7 +120,7 @@ class StageRunner:
         """Make the KV cache; one of the same size is kept, since every slot is written before it is read."""
         self._tags = KVTags(num_blocks, self.block_size_tokens) if self._debug_kv else None
         if self._kv is None or self._kv.num_blocks != num_blocks:
-            self._kv = self._graphs = None  # free the old one first
+            self._kv = self._graphs = self._decode = None  # free the old one first
             self._kv = KVCache(
                 self.config,
                 self.layers,
@@ -126,6 +132,8 @@ class StageRunner:
             )
             if self._recorder is not None:
                 self._graphs = DecodeGraphs(self.model, self._kv, self._recorder, dtype=self.dtype, device=self.device)
+            if self._functions is not None:
+                self._decode = decode_steps(self._functions, self.model, self._kv)
 
     @property
     def _num_spare_blocks(self) -> int:
@@ -167,6 +175,8 @@ class StageRunner:
         context = AttentionContext.from_batch(batch, arrays)
         if self._graphs is not None and self._graphs.takes(context):
             hidden_TD = self._graphs.run(input_T, context)
+        elif self._decode is not None and context.num_decode_rows == len(context.query_lens):
+            hidden_TD = self._decode.run(input_T, context)
         else:
             hidden_TD = self.model(input_T, context, self._kv)
         if not self.model.is_last:

@@ -11,7 +11,10 @@ from stages.config import ModelConfig
 from stages.partition import LayerRange, num_parameters
 
 if TYPE_CHECKING:
+    from stages.compiled.decode import DecodeSteps
     from stages.compiled.functions import CompiledFunctions
+    from stages.kv_cache import KVCache
+    from stages.models.qwen2 import Qwen2Stage
 
 COMPILED_FROM_PARAMETERS = 5_000_000
 """Importing numba takes half a second, and seconds where nothing was compiled before: stages of fewer parameters are for tests."""
@@ -32,3 +35,10 @@ def compiled_functions(
         return CompiledFunctions(dtype, config.head_dim), ""
     except (ImportError, OSError, RuntimeError) as error:  # no numba, another OpenMP, a processor unknown to LLVM
         return None, f"compiled functions are not used: {error}"
+
+
+def decode_steps(functions: CompiledFunctions, model: Qwen2Stage, kv: KVCache) -> DecodeSteps | None:
+    """Steps with one call, where every layer of the model, which is loaded, is made of compiled functions."""
+    from stages.compiled.decode import DecodeSteps
+
+    return DecodeSteps(functions, model, kv) if DecodeSteps.possible(model) else None

@@ -1,4 +1,4 @@
-"""What is done to each token alone between the products of a layer: norms, and rotation with the way into the KV cache."""
+"""What is done to each token alone between the products of a layer: norms, rotation with the way into the KV cache, widening."""
 
 from __future__ import annotations
 
@@ -90,3 +90,25 @@ def rotate_and_store(dtype: str, head_dim: int) -> Any:
                 values[:] = source[kv_size:]
 
     return compiled(rotate)
+
+
+def widen(dtype: str) -> Any:
+    """The function, an item of which is an element: as float32.
+
+    Its arguments after the counter: addresses of x and of out, elements, and how many of them a thread takes at once.
+    """
+    element = ELEMENTS[dtype]
+    item_bytes = np.dtype(element).itemsize
+
+    def copy(pointer):  # type: ignore[no-untyped-def]
+        args = carray(pointer, 5)
+        while True:
+            begin = take(args, args[4])
+            count = min(args[3] - begin, args[4])
+            if count <= 0:
+                break
+            x, out = view(args[1] + begin * item_bytes, count, element), view(args[2] + begin * 4, count, _F)
+            for index in range(count):
+                out[index] = widened(x[index])
+
+    return compiled(copy)

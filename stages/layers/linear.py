@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stageline.errors import ConfigError
 from stages.layers.products import (
+    CompiledGate,
+    CompiledProduct,
     GateProduct,
     PackedGate,
     PackedProduct,
@@ -24,6 +26,9 @@ from stages.layers.products import (
 from stages.layers.quantized import Int4Product, Int8Product, dequantized_product, int4_group_size
 from stages.layers.row_independence import rows_are_independent
 
+if TYPE_CHECKING:  # numba is imported only where it is used
+    from stages.compiled.functions import CompiledFunctions
+
 Form = TypeVar("Form", Product, GateProduct)
 
 
@@ -33,9 +38,17 @@ class ProductChooser:
     In batch-invariant mode a form is taken only if rows are independent in it, tried once per shape on this machine.
     """
 
-    def __init__(self, *, packed: bool, batch_invariant: bool, quantization: str | None = None) -> None:
-        """`packed=False` keeps every weight in the checkpoint's layout; `quantization` is None, int8 or int4."""
+    def __init__(
+        self,
+        *,
+        packed: bool,
+        batch_invariant: bool,
+        quantization: str | None = None,
+        functions: CompiledFunctions | None = None,
+    ) -> None:
+        """`packed=False` multiplies with plain weights by torch; `quantization` is None, int8 or int4."""
         self._quantization = quantization
+        self._functions = functions if packed else None
         self._packed, self._batch_invariant = packed, batch_invariant
         self._checked: dict[tuple[str, bool, torch.Size, torch.dtype], bool] = {}
         self._refused: list[str] = []
@@ -50,6 +63,8 @@ class ProductChooser:
             forms.insert(0, lambda: PackedProduct(weight_OI, bias_O))
         elif self._packed and is_cpu_bfloat16(weight_OI):
             forms.insert(0, lambda: WidenedProduct(weight_OI, bias_O))
+        if (functions := self._functions) is not None and functions.can_multiply(weight_OI):
+            forms.insert(0, lambda: CompiledProduct(functions, weight_OI, bias_O))
         return self._choose(forms, weight_OI)
 
     def gate(self, stacked_GI: Tensor) -> GateProduct:
@@ -62,6 +77,8 @@ class ProductChooser:
             forms.insert(0, lambda: PackedGate(stacked_GI))
         elif self._packed and is_cpu_bfloat16(stacked_GI):
             forms.insert(0, lambda: PlainGate(WidenedProduct(stacked_GI, None)))
+        if (functions := self._functions) is not None and functions.can_multiply(stacked_GI):
+            forms.insert(0, lambda: CompiledGate(functions, stacked_GI))
         return self._choose(forms, stacked_GI)
 
     def report(self) -> str:
@@ -138,11 +155,11 @@ class Linear(nn.Module):
             nn.Parameter(torch.empty(outputs, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
         plain = PlainProduct(self.weight, self.bias)
-        self._product: Callable[..., Tensor] = PlainGate(plain) if gated else plain
+        self.form: Callable[..., Tensor] = PlainGate(plain) if gated else plain
 
     def forward(self, x_TI: Tensor, *residual_TO: Tensor) -> Tensor:
         """[T, I] → [T, O] (gated: [T, O / 2]), plus a residual where one is given."""
-        return self._product(x_TI, *residual_TO)
+        return self.form(x_TI, *residual_TO)
 
     def rows_loaded(self, count: int) -> None:
         """Tell that `count` more rows of the weight, or elements of the bias, hold their final values: when all do, and
@@ -152,7 +169,7 @@ class Linear(nn.Module):
             return
         assert self.weight is not None
         weight_OI = self.weight.data
-        self._product = (
+        self.form = (
             self._chooser.gate(weight_OI)
             if self._gated
             else self._chooser.linear(weight_OI, self.bias, is_head=self._is_head)

@@ -47,16 +47,16 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self._functions = functions
-        self._eps_1 = torch.tensor([eps], dtype=torch.float32, device=device)
+        self.epsilon_1 = torch.tensor([eps], dtype=torch.float32, device=device)
         self._inverse_size = 1.0 / size
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D], same dtype."""
         if self._functions is not None:
-            return self._functions.norm(x_TD, self.weight, self._eps_1)
+            return self._functions.norm(x_TD, self.weight, self.epsilon_1)
         norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True, dtype=torch.float32)
-        scale_T1 = torch.addcmul(self._eps_1, norm_T1, norm_T1, value=self._inverse_size).rsqrt_()
+        scale_T1 = torch.addcmul(self.epsilon_1, norm_T1, norm_T1, value=self._inverse_size).rsqrt_()
         # Multiplied in float32, rounded to the model's dtype before the weight.
         return torch.mul(x_TD, scale_T1, out=torch.empty_like(x_TD)).mul_(self.weight)
 

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:  # numba is imported only where it is used
+    from stages.compiled.functions import CompiledFunctions
 
 # oneDNN chooses the blocking of a packed weight for this many rows; measured: good from 1 row to 256.
 PACKED_BATCH_HINT = 16
@@ -124,8 +127,34 @@ class PackedGate:
         return out_TF
 
 
+class CompiledProduct:
+    """A weight in the checkpoint's layout, multiplied by a compiled function (docs/decisions/0015)."""
+
+    name = "compiled"
+
+    def __init__(self, functions: CompiledFunctions, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._functions, self.weight_OI, self.bias_O = functions, weight_OI.contiguous(), bias_O
+
+    def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+        """See Product."""
+        return self._functions.multiply(x_TI, self.weight_OI, self.bias_O, residual_TO)
+
+
+class CompiledGate:
+    """Both products and the activation by a compiled function, rounded once."""
+
+    name = "compiled"
+
+    def __init__(self, functions: CompiledFunctions, stacked_GI: Tensor) -> None:
+        self._functions, self.weight_OI, self.bias_O = functions, stacked_GI.contiguous(), None
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """See GateProduct."""
+        return self._functions.multiply(x_TI, self.weight_OI, gated=True)
+
+
 class WidenedProduct:
-    """A bfloat16 weight multiplied in float32 a block of outputs at a time, for CPUs without instructions for bfloat16.
+    """A bfloat16 weight multiplied in float32 a block of outputs at a time, for CPUs without instructions for bfloat16 or numba.
 
     There torch multiplies bfloat16 an element at a time, 4 times slower than float32 from 16 rows on and 8 times from 128. The weight
     stays as it is: a float32 copy would take twice its memory. The result is rounded once, after bias and residual.

@@ -77,12 +77,14 @@ class Qwen2Stage(nn.Module):
         quantization: str | None = None,
         functions: CompiledFunctions | None = None,
     ) -> None:
-        """`packed_weights=False` multiplies with the checkpoint's layout: the slow twin, as torch's operators without `functions` are."""
+        """`packed_weights=False` has torch multiply with the checkpoint's layout: the slow twin, as torch's operators without `functions`
+        are. In batch-invariant mode `functions` are taken for products alone."""
         super().__init__()
         make: Any = {"dtype": dtype, "device": device}
         self.products = ProductChooser(
-            packed=packed_weights, batch_invariant=batch_invariant, quantization=quantization
+            packed=packed_weights, batch_invariant=batch_invariant, quantization=quantization, functions=functions
         )
+        functions = None if batch_invariant else functions
         self.config, self.layer_range, self.attention = config, layers, attention
         self._functions = functions
         self.batch_invariant = batch_invariant
@@ -102,9 +104,13 @@ class Qwen2Stage(nn.Module):
         self._expected = tensor_shapes(config, layers)
         self._missing = set(self._expected)
 
+    def embed(self, input_T: Tensor) -> Tensor:
+        """See `forward`: the hidden states [T, D] that the layers begin with."""
+        return F.embedding(input_T, self.embedding) if self.embedding is not None and self.is_first else input_T
+
     def forward(self, input_T: Tensor, context: AttentionContext, kv: KVCache) -> Tensor:
         """int64 token ids [T] on the first stage, hidden states [T, D] on the others → hidden states [T, D]."""
-        hidden_TD = F.embedding(input_T, self.embedding) if self.embedding is not None and self.is_first else input_T
+        hidden_TD = self.embed(input_T)
         angles_T1H = self.rotary.angles(context.positions_T, hidden_TD.dtype)
         config = self.config
         head_sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
