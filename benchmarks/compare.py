@@ -1,7 +1,7 @@
 """Decode and prefill of Stageline, transformers and, where its Python is given, vLLM: taken in turn, on the same weights and
 prompts. Prints a table and one JSON object.
 
-    python -m benchmarks.compare --model DIR [--stages 1 2] [--dtype bfloat16] [--vllm-python /path/to/python] [--repeats 5]
+    python -m benchmarks.compare --model DIR [--stages 1 2] [--dtype bfloat16] [--vllm-python /path/to/python] [--repeats 5] [--alone]
 
 Greedy. Decode: 128-token prompts, 64 new tokens, (requests answered in full less
 requests for one token alone, the same for all systems). Prefill:
@@ -177,6 +177,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all contenders")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16], help="of decode")
     parser.add_argument("--vllm-python", help="a Python that has vLLM for CPUs; without it vLLM is left out")
+    parser.add_argument("--alone", action="store_true", help="beside the limits only, without transformers and vLLM")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     bandwidth = streaming_bandwidth()
@@ -188,8 +189,9 @@ def main() -> int:
         others: dict[str, tuple[str, ...]] = {
             f"{LIMIT}, {staged(n)}": (sys.executable, "products", str(n)) for n in args.stages
         }
-        others["transformers"] = (sys.executable, "transformers")
-        if args.vllm_python:
+        if not args.alone:
+            others["transformers"] = (sys.executable, "transformers")
+        if args.vllm_python and not args.alone:
             others["vllm"] = (args.vllm_python, "vllm")
         for name, (python, script, *more) in others.items():
             worker = stack.enter_context(working(python, script, args.model, args.dtype, *more))
