@@ -1,7 +1,7 @@
 """A batch while the gateway, which runs its lines, is killed again and again; then beside interactive streams.
 
 `python -m benchmarks.batch --model FOLDER [--lines 20000] [--kills 10] [--stages 1]` starts a server of its own. In turn: the rate of
-plain requests of the lines' shape, the batch undisturbed, the batch with SIGKILLs at random moments, and the time between tokens of
+plain requests of the lines' shape, the batch undisturbed, the batch with SIGKILLs at random places in it, and the time between tokens of
 interactive streams alone and beside a batch. Fails if a custom_id is missing or comes twice. What is repeated is counted as the requests
 that were in the engine when it was killed. Prints one JSON object.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -31,6 +32,7 @@ from gateway.bench.measure import checked, percentiles
 
 VOCABULARY = 20_000  # token ids below it are ordinary text in every model served
 INTERACTIVE = Shape(64, 64)
+POLL_S = 0.5
 
 
 def write_lines(path: Path, count: int, shape: Shape, vocabulary: int, seed: int) -> None:
@@ -64,6 +66,13 @@ async def run_batch(
     return count / took_s
 
 
+def newest_batch(url: str) -> dict[str, Any]:
+    """As /v1/batches has it."""
+    with urllib.request.urlopen(f"{url}/v1/batches?limit=1", timeout=5) as answer:
+        batch: dict[str, Any] = json.load(answer)["data"][0]
+    return batch
+
+
 def open_requests(url: str) -> int:
     """Requests in the engine now."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
@@ -71,17 +80,22 @@ def open_requests(url: str) -> int:
     return sum(int(float(value)) for value in re.findall(r"^\S*num_open_requests\S* (\S+)$", text, re.MULTILINE))
 
 
-async def kill_often(url: str, kills: int, every_s: float, rng: random.Random, lost: list[int]) -> None:
-    """SIGKILL the gateway's process; appends how many requests it had."""
-    while len(lost) < kills:
-        await asyncio.sleep(rng.uniform(0.5, 1.5) * every_s)
-        gateways = [one for one in psutil.Process().children(recursive=True) if one.cmdline()[:1] == [GATEWAY]]
-        try:
-            num_open = await asyncio.to_thread(open_requests, url)
-        except OSError:
-            continue  # it is not back yet
-        for gateway in gateways:
-            gateway.kill()
+async def kill_often(url: str, before: str, moments: list[int], lost: list[int]) -> None:
+    """SIGKILL the gateway's process when so many lines of the batch after `before` are done, at each of the moments; appends how
+    many requests it had."""
+    for moment in sorted(moments):
+        num_open, done = 0, -1
+        while done < moment:
+            await asyncio.sleep(POLL_S)
+            with contextlib.suppress(OSError):  # it is not back yet
+                num_open = await asyncio.to_thread(open_requests, url)
+                batch = await asyncio.to_thread(newest_batch, url)
+                counts = batch["request_counts"]
+                done = -1 if batch["id"] == before else counts["completed"] + counts["failed"]
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # another process ended meanwhile
+                if process.cmdline()[:1] == [GATEWAY]:
+                    process.kill()
         lost.append(num_open)
 
 
@@ -121,8 +135,8 @@ async def measure(url: str, address: str, folder: Path, args: argparse.Namespace
     )  # fmt: skip
     p99 = percentiles(alone)["p99"], percentiles(beside)["p99"]
     _say(f"p99 between tokens: {p99[0]} ms alone, {p99[1]} ms beside a batch")
-    every_s = args.lines / calm / (args.kills + 1)
-    killer = asyncio.create_task(kill_often(url, args.kills, every_s, rng, lost))
+    moments = [rng.randrange(args.lines) for _ in range(args.kills)]
+    killer = asyncio.create_task(kill_often(url, newest_batch(url)["id"], moments, lost))
     killed = await run_batch(folder, "killed", args.lines, shape, vocabulary, address, args.seed + 3)
     killer.cancel()
     await asyncio.gather(killer, return_exceptions=True)
