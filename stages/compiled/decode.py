@@ -98,7 +98,7 @@ class DecodeSteps:
             if wide is not None:
                 wide_TI = wide[: x_TI.numel()].view_as(x_TI)
                 calls.append(functions.widen_call(x_TI, wide_TI))
-            calls.append(functions.multiply_call(wide_TI, product.weight_OI, product.bias_O, residual_TO, out_TO))
+            calls.append(functions.multiply_call(wide_TI, product.weight, product.bias_O, residual_TO, out_TO))
 
         def norm(module: Any) -> None:
             calls.append(functions.norm_call(hidden_TD, module.weight, module.epsilon_1, normed_TD))

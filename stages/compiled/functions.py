@@ -13,8 +13,10 @@ from torch import Tensor
 from stages.attention.base import AttentionContext
 from stages.compiled import UNROLL
 from stages.compiled.attention import ALL, decode_attention
-from stages.compiled.products import HAS_AVX512, LANES, ROW_BLOCK, STREAMS, product
+from stages.compiled.products import INT4_ROWS, ROW_BLOCK, STREAMS, product
 from stages.compiled.rows import rms_norm, rotate_and_store, widen
+from stages.compiled.tiles import GROUP, HAS_AVX512, LANES
+from stages.layers.products import CompiledWeight
 
 Call = list[int]
 
@@ -45,26 +47,37 @@ class CompiledFunctions:
         self.dtype, self._name = dtype, str(dtype).removeprefix("torch.")
         self._entries: list[Any] = []
         self._alone: dict[int, Any] = {}
+        self._products: dict[torch.dtype, int] = {}
         self._norm, self._rotate = self.enter(rms_norm(self._name)), self.enter(rotate_and_store(self._name, head_dim))
         self._attend = self.enter(decode_attention(self._name, head_dim))
 
-    @cached_property
-    def _multiply(self) -> int:
-        return self.enter(product(self._name))
+    def _multiply(self, weight_dtype: torch.dtype) -> int:
+        if weight_dtype not in self._products:
+            weights = {torch.int8: "int8", torch.uint8: "int4"}.get(weight_dtype, self._name)
+            self._products[weight_dtype] = self.enter(product(self._name, weights))
+        return self._products[weight_dtype]
 
     @cached_property
     def _widen(self) -> int:
         return self.enter(widen(self._name))
 
-    def can_multiply(self, weight_OI: Tensor) -> bool:
-        """Whether `multiply` takes this weight [O, I], gated or not, and is the fastest there is."""
+    def can_multiply(self, weight_OI: Tensor, *, as_int4: bool = False) -> bool:
+        """Whether `multiply` takes this weight [O, I], gated or not, as it is or quantized, and is the fastest there is."""
         outputs, inputs = weight_OI.shape
-        return not outputs % (2 * STREAMS) and not inputs % LANES and not onednn_is_faster(self.dtype)
+        fits = not outputs % (2 * STREAMS) and not inputs % (GROUP if as_int4 else LANES)
+        return fits and not onednn_is_faster(self.dtype)
+
+    def int4_weight(self, q_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight (q - 8) · scale + offset as `multiply` takes it, uint8 [O, I / 2], and its scales, float32 [O, G, 2]."""
+        assert q_OI.shape[1] == GROUP * scale_OG.shape[1]
+        lower, upper = q_OI.to(torch.uint8).unflatten(1, (-1, 2, LANES)).unbind(2)
+        scale_OG, offset_OG = scale_OG.float(), offset_OG.float()
+        return (lower | upper << 4).flatten(1), torch.stack((scale_OG, offset_OG - 8 * scale_OG), -1).contiguous()
 
     def multiply(
         self,
         x_TI: Tensor,
-        weight_OI: Tensor,
+        weight: CompiledWeight,
         bias_O: Tensor | None = None,
         residual_TO: Tensor | None = None,
         *,
@@ -72,10 +85,10 @@ class CompiledFunctions:
     ) -> Tensor:
         """See layers.products.Product; `gated`: GateProduct."""
         x_TI = x_TI.contiguous()
-        out_TO = x_TI.new_empty((len(x_TI), len(weight_OI) // (1 + gated)))
+        out_TO = x_TI.new_empty((len(x_TI), len(weight.weight_OI) // (1 + gated)))
         residual_TO = None if residual_TO is None else residual_TO.contiguous()
         if self.dtype == torch.float32:
-            self.run(self.multiply_call(x_TI, weight_OI, bias_O, residual_TO, out_TO))
+            self.run(self.multiply_call(x_TI, weight, bias_O, residual_TO, out_TO))
             return out_TO
         rows_at_once = max(1, min(WIDENED_ROWS, len(x_TI)))
         scratch_TI = torch.empty((rows_at_once, x_TI.shape[1]), dtype=torch.float32)
@@ -84,21 +97,30 @@ class CompiledFunctions:
             wide_TI = scratch_TI[: len(x_TI[rows])]
             self.run(self.widen_call(x_TI[rows], wide_TI))
             residual = None if residual_TO is None else residual_TO[rows]
-            self.run(self.multiply_call(wide_TI, weight_OI, bias_O, residual, out_TO[rows]))
+            self.run(self.multiply_call(wide_TI, weight, bias_O, residual, out_TO[rows]))
         return out_TO
 
     def multiply_call(
-        self, wide_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None, out_TO: Tensor
+        self,
+        wide_TI: Tensor,
+        weight: CompiledWeight,
+        bias_O: Tensor | None,
+        residual_TO: Tensor | None,
+        out_TO: Tensor,
     ) -> Call:
         """Of contiguous float32 rows; into `out_TO`, which may be the residual. Gated, where the weight has twice its columns."""
+        weight_OI = weight.weight_OI
         (num_tokens, inputs), outputs = wide_TI.shape, out_TO.shape[1]
         gated = len(weight_OI) // outputs - 1
         threads = _threads(num_tokens * weight_OI.numel())
-        share = min(SHARE_BYTES // (inputs * self.dtype.itemsize * (1 + gated)), outputs // (4 * threads))
-        tensors = wide_TI, weight_OI, bias_O, residual_TO, out_TO
+        # int4 weights are widened for more rows than a few.
+        row_bytes = inputs * 4 if weight_OI.dtype == torch.uint8 and num_tokens > INT4_ROWS else weight_OI[0].nbytes
+        share = min(SHARE_BYTES // (row_bytes * (1 + gated)), outputs // (4 * threads))
+        tensors = wide_TI, weight_OI, weight.scales, bias_O, residual_TO, out_TO
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         share = max(1, share // STREAMS) * STREAMS
-        return [self._multiply, threads, 0, *addresses, num_tokens, inputs, outputs, share, gated]
+        entry = self._multiply(weight_OI.dtype)
+        return [entry, threads, 0, *addresses, num_tokens, inputs, outputs, share, gated]
 
     def widen_call(self, x: Tensor, wide: Tensor) -> Call:
         """Of as many elements as `x` has."""

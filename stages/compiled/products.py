@@ -1,4 +1,4 @@
-"""Products with weights as the checkpoint has them: float32, or bfloat16 on a CPU without instructions for it.
+"""Products with weights as the checkpoint has them, float32, or bfloat16 on a CPU without instructions for it; or quantized.
 
 A tile of rows and weight rows is multiplied in registers: each weight is read and widened once for up to six rows.
 """
@@ -8,98 +8,28 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray, njit
 
 from stages.compiled.attention import exp
 from stages.compiled.memory import ELEMENTS, compiled, narrowed, take, view, widened
+from stages.compiled.tiles import GROUP, LANES, int4_tile, tile
 
-HAS_AVX512 = bool(get_host_cpu_features().get("avx512f"))
-LANES = 16 if HAS_AVX512 else 8
-"""Inputs that are multiplied at once, a vector register of float32; a product has a multiple of them."""
 STREAMS = 8
-"""Weight rows that one row is multiplied with at once; a product has a multiple of them outputs."""
+"""Weight rows that one row is multiplied with at once; a product has a multiple of them as outputs."""
 TILE_ROWS = 6
+INT4_ROWS = 3
+"""Up to so many rows int4 weights are multiplied as they are; for more a share of them is widened first."""
 ROW_BLOCK = 16 * TILE_ROWS
 """Rows that an item has at most: a block of them stays in the cache that cores share while the weights pass by."""
+WEIGHTS = {**ELEMENTS, "int8": np.int8, "int4": np.uint8}
+"""What a weight's elements are to numba; of int4 a byte has two."""
 
 _F = np.float32
-_INDEX, _FLOAT = ir.IntType(64), ir.FloatType()
-_FLOATS = ir.VectorType(_FLOAT, LANES)
-_HALVES, _BITS = ir.VectorType(ir.IntType(16), LANES), ir.VectorType(ir.IntType(32), LANES)
-
-
-def _tile(rows: int, streams: int) -> Any:
-    """`rows` x `streams` dot products, their sums all in registers.
-
-    A row's bits do not depend on the tile it is in: the sum over its inputs has the same order in each.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, first, second, stride, size, sums, pitch, step, _ = args
-
-        def load_floats(address: Any) -> Any:
-            return builder.load(builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
-
-        def load_halves(address: Any) -> Any:
-            halves = builder.load(builder.inttoptr(address, _HALVES.as_pointer()), align=2)
-            bits = builder.shl(builder.zext(halves, _BITS), ir.Constant(_BITS, [16] * LANES))
-            return builder.bitcast(bits, _FLOATS)
-
-        def places(start: Any, count: int, distance: Any) -> list[Any]:
-            return [builder.add(start, builder.mul(_INDEX(index), distance)) for index in range(count)]
-
-        is_float = signature.args[-1] == types.float32
-        load_weights = load_floats if is_float else load_halves
-        row_starts = places(x, rows, builder.shl(size, _INDEX(2)))
-        weight_starts = [place for start in (first, second) for place in places(start, streams // 2, stride)]
-
-        before, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k = builder.phi(_INDEX)
-        totals = [builder.phi(_FLOATS) for _ in range(rows * streams)]
-        offset = builder.shl(k, _INDEX(2))
-        weight_offset = offset if is_float else builder.shl(k, _INDEX(1))
-        weights = [load_weights(builder.add(start, weight_offset)) for start in weight_starts]
-        summed = []
-        for row, start in enumerate(row_starts):
-            values = load_floats(builder.add(start, offset))
-            for weight, total in zip(weights, totals[row * streams :], strict=False):
-                product = builder.fmul(values, weight, flags=("contract",))  # one instruction with the sum
-                summed.append(builder.fadd(total, product, flags=("contract",)))
-        following = builder.add(k, _INDEX(LANES))
-        k.add_incoming(_INDEX(0), before)
-        k.add_incoming(following, loop)
-        for total, new in zip(totals, summed, strict=True):
-            total.add_incoming(ir.Constant(_FLOATS, [0.0] * LANES), before)
-            total.add_incoming(new, loop)
-        builder.cbranch(builder.icmp_signed("<", following, size), loop, end)
-
-        builder.position_at_end(end)
-        sum_of = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_FLOAT, (_FLOAT, _FLOATS)), f"llvm.vector.reduce.fadd.v{LANES}f32"
-        )
-        sum_places = [place for row in places(sums, rows, pitch) for place in places(row, streams, step)]
-        for place, lanes in zip(sum_places, summed, strict=True):
-            total = builder.call(sum_of, (ir.Constant(_FLOAT, -0.0), lanes), fastmath=("reassoc",))
-            builder.store(total, builder.inttoptr(place, _FLOAT.as_pointer()))
-        return context.get_dummy_value()
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def multiply(
-        typing_context: Any, x: Any, first: Any, second: Any, stride: Any, size: Any, sums: Any, pitch: Any, step: Any, element: Any
-    ) -> Any:  # fmt: skip
-        return types.void(*[types.int64] * 8, element), generate
-
-    return multiply
-
+_GROUP, _LANES = np.int64(GROUP), np.int64(LANES)
 
 # As many sums as AVX2 has registers for, less those for rows and weights; one row alone waits for memory, which likes many streams.
-_1x8, _2x4, _3x4, _4x2, _5x2, _6x2 = (_tile(rows, s) for rows, s in ((1, 8), (2, 4), (3, 4), (4, 2), (5, 2), (6, 2)))
+_1x8, _2x4, _3x4, _4x2, _5x2, _6x2 = (tile(rows, s) for rows, s in ((1, 8), (2, 4), (3, 4), (4, 2), (5, 2), (6, 2)))
+_int4_1x4, _int4_2x2, _int4_3x2 = int4_tile(1, 4), int4_tile(2, 2), int4_tile(3, 2)
 
 
 @njit(error_model="numpy")
@@ -124,6 +54,37 @@ def _multiply(rows, x, first, second, width, size, row_bytes, sums, pitch, eleme
             _6x2(x, a, b, stride, size, place, pitch, step, element)
 
 
+@njit(error_model="numpy")
+def _multiply_int4(rows, x, first, second, first_scales, second_scales, width, size, sums, pitch):  # type: ignore[no-untyped-def]
+    """The same with int4 weights, for up to INT4_ROWS rows."""
+    row_bytes, scale_bytes = size // 2, size // _GROUP * 8
+    length = width // (4 if rows == 1 else 2)
+    stride, scale_stride, step = length * row_bytes, length * scale_bytes, length * 4
+    for s in range(length):
+        place, a, b = sums + s * 4, first + s * row_bytes, second + s * row_bytes
+        c, d = first_scales + s * scale_bytes, second_scales + s * scale_bytes
+        if rows == 1:
+            _int4_1x4(x, a, b, stride, c, d, scale_stride, size, place, pitch, step)
+        elif rows == 2:
+            _int4_2x2(x, a, b, stride, c, d, scale_stride, size, place, pitch, step)
+        else:
+            _int4_3x2(x, a, b, stride, c, d, scale_stride, size, place, pitch, step)
+
+
+@njit(error_model="numpy")
+def _widen_int4(address, scales_address, rows, size, wide_OI):  # type: ignore[no-untyped-def]
+    """int4 weight rows as float32."""
+    for row in range(rows):
+        scales = view(scales_address + row * (size // _GROUP * 8), size // _GROUP * 2, _F)
+        packed, wide = view(address + row * (size // 2), size // 2, np.uint8), wide_OI[row]
+        for begin in range(0, size, 2 * _LANES):
+            scale, offset = scales[begin // _GROUP * 2], scales[begin // _GROUP * 2 + 1]
+            both, lower, upper = packed[begin // 2 :], wide[begin:], wide[begin + _LANES :]
+            for index in range(_LANES):
+                lower[index] = _F(both[index] & np.uint8(15)) * scale + offset
+                upper[index] = _F(both[index] >> np.uint8(4)) * scale + offset
+
+
 @njit
 def _silu(x):  # type: ignore[no-untyped-def]
     power = exp(-abs(x))
@@ -131,23 +92,28 @@ def _silu(x):  # type: ignore[no-untyped-def]
     return x * (sigmoid if x >= 0 else power * sigmoid)
 
 
-def product(dtype: str) -> Any:
+def product(dtype: str, weights: str) -> Any:
     """The function, an item of which is a block of rows and a share of the outputs.
 
-    Its arguments after the counter: addresses of float32 x [T, I], the weight [O, I], bias [O] or 0, residual [T, O] or 0, and out [T, O];
-    then T, I, O, outputs of a share, and whether it is gated: the weight is then [2 O, I], and out silu(x @ gate.T) * (x @ up.T), without
-    bias and residual. Rounded once.
+    Its arguments after the counter: addresses of float32 x [T, I], the weight [O, I], float32 scales or 0 ([O] of int8; of int4 a scale
+    and an offset of each group [O, I / GROUP, 2]), bias [O] or 0, residual [T, O] or 0, and out [T, O]; then T, I, O, outputs of a
+    share, and whether it is gated: the weight is then [2 O, I], and out silu(x @ gate.T) * (x @ up.T), without bias and residual.
+    Rounded once.
     """
-    element = ELEMENTS[dtype]
-    item_bytes = np.dtype(element).itemsize
+    element, weight_element = ELEMENTS[dtype], WEIGHTS[weights]
+    item_bytes, weight_bytes = np.dtype(element).itemsize, np.dtype(weight_element).itemsize
+    is_int8, is_int4 = weights == "int8", weights == "int4"
 
     def multiply(pointer):  # type: ignore[no-untyped-def]
-        args = carray(pointer, 11)
-        num_rows, inputs, outputs, share, gated = args[6], args[7], args[8], args[9], args[10]
-        row_bytes = inputs * item_bytes
+        args = carray(pointer, 12)
+        num_rows, inputs, outputs, share, gated = args[7], args[8], args[9], args[10], args[11]
+        row_bytes = inputs // 2 if is_int4 else inputs * weight_bytes
+        scale_bytes = inputs // _GROUP * 8 if is_int4 else 4
         num_shares = (outputs + share - 1) // share
         num_items = (num_rows + ROW_BLOCK - 1) // ROW_BLOCK * num_shares
         sums = np.empty((TILE_ROWS, share * 2), _F)
+        pitch = share * 8
+        wide_OI = np.empty((share * 2 if is_int4 and num_rows > INT4_ROWS else 0, inputs), _F)
         while True:
             item = take(args, 1)
             if item >= num_items:
@@ -155,25 +121,45 @@ def product(dtype: str) -> Any:
             row, begin = item // num_shares * ROW_BLOCK, item % num_shares * share
             end_row, count = min(row + ROW_BLOCK, num_rows), min(share, outputs - begin)
             half = count if gated else count // 2
-            first = args[2] + begin * row_bytes
-            second = first + (outputs if gated else half) * row_bytes
+            to_second = outputs if gated else half
+            first, first_scales = args[2] + begin * row_bytes, args[3] + begin * scale_bytes
+            second, second_scales = first + to_second * row_bytes, first_scales + to_second * scale_bytes
+            if is_int4 and num_rows > INT4_ROWS:
+                _widen_int4(first, first_scales, half, inputs, wide_OI)
+                _widen_int4(second, second_scales, half, inputs, wide_OI[half:])
+                first = wide_OI.ctypes.data
+                second = first + half * inputs * 4
             while row < end_row:
                 tiles = (end_row - row + TILE_ROWS - 1) // TILE_ROWS
                 rows = (end_row - row + tiles - 1) // tiles
-                x = args[1] + row * inputs * 4
-                _multiply(rows, x, first, second, 2 * half, inputs, row_bytes, sums.ctypes.data, share * 8, element(0))
+                x, place = args[1] + row * inputs * 4, sums.ctypes.data
+                if not is_int4:
+                    _multiply(rows, x, first, second, 2 * half, inputs, row_bytes, place, pitch, weight_element(0))
+                elif num_rows > INT4_ROWS:
+                    _multiply(rows, x, first, second, 2 * half, inputs, inputs * 4, place, pitch, _F(0))
+                else:
+                    _multiply_int4(
+                        rows, x, first, second, first_scales, second_scales, 2 * half, inputs, place, pitch
+                    )  # fmt: skip
                 for r in range(rows):
                     place = ((row + r) * outputs + begin) * item_bytes
-                    out, total, up = view(args[5] + place, count, element), sums[r], sums[r][half:]
+                    out, total, up = view(args[6] + place, count, element), sums[r], sums[r][half:]
+                    if is_int8:
+                        scales, up_scales = view(first_scales, count, _F), view(second_scales, half, _F)
+                        for n in range(count):
+                            total[n] *= scales[n]
+                        if gated:
+                            for n in range(count):
+                                up[n] *= up_scales[n]
                     if gated:
                         for n in range(count):
                             total[n] = _silu(total[n]) * up[n]
-                    if args[3]:
-                        bias = view(args[3] + begin * item_bytes, count, element)
+                    if args[4]:
+                        bias = view(args[4] + begin * item_bytes, count, element)
                         for n in range(count):
                             total[n] += widened(bias[n])
-                    if args[4]:
-                        residual = view(args[4] + place, count, element)
+                    if args[5]:
+                        residual = view(args[5] + place, count, element)
                         for n in range(count):
                             total[n] += widened(residual[n])
                     for n in range(count):

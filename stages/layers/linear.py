@@ -13,6 +13,7 @@ from stageline.errors import ConfigError
 from stages.layers.products import (
     CompiledGate,
     CompiledProduct,
+    CompiledWeight,
     GateProduct,
     PackedGate,
     PackedProduct,
@@ -23,7 +24,13 @@ from stages.layers.products import (
     can_pack,
     is_cpu_bfloat16,
 )
-from stages.layers.quantized import Int4Product, Int8Product, dequantized_product, int4_group_size
+from stages.layers.quantized import (
+    Int4Product,
+    Int8Product,
+    compiled_weight,
+    dequantized_product,
+    int4_group_size,
+)
 from stages.layers.row_independence import rows_are_independent
 
 if TYPE_CHECKING:  # numba is imported only where it is used
@@ -56,29 +63,33 @@ class ProductChooser:
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None, *, is_head: bool = False) -> Product:
         """The product with one weight. Raises ConfigError where no form is row-independent and it has to be."""
+        forms: list[Callable[[], Product]]
         if self._quantization is not None:
-            return self._choose(self._quantized(weight_OI, bias_O, is_head), weight_OI)
-        forms: list[Callable[[], Product]] = [lambda: PlainProduct(weight_OI, bias_O)]
-        if self._packed and can_pack(weight_OI):
-            forms.insert(0, lambda: PackedProduct(weight_OI, bias_O))
-        elif self._packed and is_cpu_bfloat16(weight_OI):
-            forms.insert(0, lambda: WidenedProduct(weight_OI, bias_O))
-        if (functions := self._functions) is not None and functions.can_multiply(weight_OI):
-            forms.insert(0, lambda: CompiledProduct(functions, weight_OI, bias_O))
+            forms = self._quantized(weight_OI, bias_O, self._as_int4(weight_OI, is_head))
+        else:
+            forms = [lambda: PlainProduct(weight_OI, bias_O)]
+            if self._packed and can_pack(weight_OI):
+                forms.insert(0, lambda: PackedProduct(weight_OI, bias_O))
+            elif self._packed and is_cpu_bfloat16(weight_OI):
+                forms.insert(0, lambda: WidenedProduct(weight_OI, bias_O))
+        if (compiled := self._compiled(weight_OI, is_head)) is not None:
+            forms.insert(0, lambda: CompiledProduct(compiled(), bias_O))
         return self._choose(forms, weight_OI)
 
     def gate(self, stacked_GI: Tensor) -> GateProduct:
         """The gated product with a stacked weight [2F, I]. Raises as `linear` does."""
+        forms: list[Callable[[], GateProduct]]
         if self._quantization is not None:
-            quantized = self._quantized(stacked_GI, None, False)
-            return self._choose([lambda form=form: PlainGate(form()) for form in quantized], stacked_GI)  # type: ignore[misc]
-        forms: list[Callable[[], GateProduct]] = [lambda: PlainGate(PlainProduct(stacked_GI, None))]
-        if self._packed and can_pack(stacked_GI):
-            forms.insert(0, lambda: PackedGate(stacked_GI))
-        elif self._packed and is_cpu_bfloat16(stacked_GI):
-            forms.insert(0, lambda: PlainGate(WidenedProduct(stacked_GI, None)))
-        if (functions := self._functions) is not None and functions.can_multiply(stacked_GI):
-            forms.insert(0, lambda: CompiledGate(functions, stacked_GI))
+            quantized = self._quantized(stacked_GI, None, self._as_int4(stacked_GI))
+            forms = [lambda form=form: PlainGate(form()) for form in quantized]  # type: ignore[misc]
+        else:
+            forms = [lambda: PlainGate(PlainProduct(stacked_GI, None))]
+            if self._packed and can_pack(stacked_GI):
+                forms.insert(0, lambda: PackedGate(stacked_GI))
+            elif self._packed and is_cpu_bfloat16(stacked_GI):
+                forms.insert(0, lambda: PlainGate(WidenedProduct(stacked_GI, None)))
+        if (compiled := self._compiled(stacked_GI)) is not None:
+            forms.insert(0, lambda: CompiledGate(compiled()))
         return self._choose(forms, stacked_GI)
 
     def report(self) -> str:
@@ -86,14 +97,26 @@ class ProductChooser:
         taken = ", ".join(f"{count} {name}" for name, count in sorted(self._taken.items()))
         return "; ".join([f"products: {taken}", *self._refused])
 
-    def _quantized(self, weight_OI: Tensor, bias_O: Tensor | None, is_head: bool) -> list[Callable[[], Product]]:
-        """The quantized form and its slow twin. The head, and what the int4 kernel does not take, are int8 at the least."""
-        as_int4 = self._quantization == "int4" and not is_head and int4_group_size(weight_OI) is not None
+    def _as_int4(self, weight_OI: Tensor, is_head: bool = False) -> bool:
+        """The head, and what the int4 kernel does not take, are int8 at the least."""
+        return self._quantization == "int4" and not is_head and int4_group_size(weight_OI) is not None
+
+    def _quantized(self, weight_OI: Tensor, bias_O: Tensor | None, as_int4: bool) -> list[Callable[[], Product]]:
+        """The quantized form and its slow twin."""
         kind = Int4Product if as_int4 else Int8Product
         return [
             lambda: kind(weight_OI, bias_O),
             lambda: dequantized_product(kind(weight_OI, bias_O), bias_O, weight_OI.dtype),
         ]
+
+    def _compiled(self, weight_OI: Tensor, is_head: bool = False) -> Callable[[], CompiledWeight] | None:
+        """What makes the weight for a compiled product, where there are such products and they take it."""
+        functions, as_int4 = self._functions, self._as_int4(weight_OI, is_head)
+        if functions is None or not functions.can_multiply(weight_OI, as_int4=as_int4):
+            return None
+        if self._quantization is None:
+            return lambda: CompiledWeight(functions, weight_OI.contiguous(), None, "compiled")
+        return lambda: compiled_weight(functions, weight_OI, as_int4=as_int4)
 
     def _choose(self, forms: list[Callable[[], Form]], weight_OI: Tensor) -> Form:
         for form in forms:

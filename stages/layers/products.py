@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -127,30 +127,38 @@ class PackedGate:
         return out_TF
 
 
+class CompiledWeight(NamedTuple):
+    """A weight in the checkpoint's layout, or quantized with its scales (layers.quantized), for products by compiled functions
+    (docs/decisions/0015)."""
+
+    functions: CompiledFunctions
+    weight_OI: Tensor
+    scales: Tensor | None
+    name: str
+
+
 class CompiledProduct:
-    """A weight in the checkpoint's layout, multiplied by a compiled function (docs/decisions/0015)."""
+    """Rounded once, after bias and residual."""
 
-    name = "compiled"
-
-    def __init__(self, functions: CompiledFunctions, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        self._functions, self.weight_OI, self.bias_O = functions, weight_OI.contiguous(), bias_O
+    def __init__(self, weight: CompiledWeight, bias_O: Tensor | None) -> None:
+        self.name, self.weight, self.bias_O = weight.name, weight, bias_O
 
     def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
         """See Product."""
-        return self._functions.multiply(x_TI, self.weight_OI, self.bias_O, residual_TO)
+        return self.weight.functions.multiply(x_TI, self.weight, self.bias_O, residual_TO)
 
 
 class CompiledGate:
-    """Both products and the activation by a compiled function, rounded once."""
+    """Both products and the activation at once, rounded once."""
 
-    name = "compiled"
+    bias_O = None
 
-    def __init__(self, functions: CompiledFunctions, stacked_GI: Tensor) -> None:
-        self._functions, self.weight_OI, self.bias_O = functions, stacked_GI.contiguous(), None
+    def __init__(self, weight: CompiledWeight) -> None:
+        self.name, self.weight = weight.name, weight
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """See GateProduct."""
-        return self._functions.multiply(x_TI, self.weight_OI, gated=True)
+        return self.weight.functions.multiply(x_TI, self.weight, gated=True)
 
 
 class WidenedProduct:

@@ -1,15 +1,20 @@
-"""Weight-only quantization on load: int8 per output channel, int4 per group of inputs, by torch's own CPU kernels.
+"""Weight-only quantization on load: int8 per output channel, int4 per group of inputs, for torch's own CPU kernels or compiled ones.
 
 O outputs, I inputs, T tokens, G groups, S inputs of a group. Hidden states, keys and values keep the stage's dtype.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.layers.products import PlainProduct
+from stages.layers.products import CompiledWeight, PlainProduct
+
+if TYPE_CHECKING:  # numba is imported only where it is used
+    from stages.compiled.functions import CompiledFunctions
 
 INT4_GROUP_SIZES = (64, 32)  # the first that divides the inputs is taken
 INT4_OUTPUT_MULTIPLE = 16
@@ -33,14 +38,7 @@ class Int8Product:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         self._bias_O = bias_O
-        self._q_OI = torch.empty_like(weight_OI, dtype=torch.int8, memory_format=torch.contiguous_format)
-        self._scale_O = weight_OI.new_empty(weight_OI.shape[0])
-        parts = (x.split(_ROWS_AT_ONCE) for x in (weight_OI, self._q_OI, self._scale_O))
-        for weight_RI, q_RI, scale_R in zip(*parts, strict=True):
-            weight32_RI = weight_RI.float()
-            scale_R.copy_((weight32_RI.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny))
-            # Divided by the scale as it is kept: its own rounding then costs nothing.
-            q_RI.copy_((weight32_RI / scale_R.float().unsqueeze(1)).round().clamp(-127, 127))
+        self._q_OI, self._scale_O = quantized_int8(weight_OI)
 
     def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
         """See Product."""
@@ -64,12 +62,7 @@ class Int4Product:
         group_size = int4_group_size(weight_OI)
         assert group_size is not None, f"no int4 product of {tuple(weight_OI.shape)}"
         self._bias_O, self._group_size = bias_O, group_size
-        weight_OGS = weight_OI.float().unflatten(1, (-1, group_size))
-        low_OG, high_OG = weight_OGS.aminmax(dim=-1)
-        scale_OG = ((high_OG - low_OG) / 15).clamp_min(torch.finfo(torch.float32).tiny).to(weight_OI.dtype)
-        offset_OG = (low_OG + 8 * scale_OG.float()).to(weight_OI.dtype)
-        q_OGS = (weight_OGS - offset_OG.float().unsqueeze(-1)) / scale_OG.float().unsqueeze(-1) + 8
-        q_OI = q_OGS.round().clamp(0, 15).to(torch.int32).flatten(1)
+        q_OI, scale_OG, offset_OG = quantized_int4(weight_OI, group_size)
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_OI, 1)
         self._scales_GO2 = torch.stack((scale_OG, offset_OG), dim=-1).transpose(0, 1).contiguous()
         self._inputs = weight_OI.shape[1]
@@ -92,6 +85,38 @@ class Int4Product:
     def _multiply(self, x_TI: Tensor, scales_GO2: Tensor) -> Tensor:
         out_TO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TI, self._packed, self._group_size, scales_GO2)
         return out_TO
+
+
+def quantized_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """q, int8 [O, I], and scales [O] in the weight's dtype."""
+    q_OI = torch.empty_like(weight_OI, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale_O = weight_OI.new_empty(weight_OI.shape[0])
+    parts = (x.split(_ROWS_AT_ONCE) for x in (weight_OI, q_OI, scale_O))
+    for weight_RI, q_RI, scale_R in zip(*parts, strict=True):
+        weight32_RI = weight_RI.float()
+        scale_R.copy_((weight32_RI.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny))
+        # Divided by the scale as it is kept: its own rounding then costs nothing.
+        q_RI.copy_((weight32_RI / scale_R.float().unsqueeze(1)).round().clamp(-127, 127))
+    return q_OI, scale_O
+
+
+def quantized_int4(weight_OI: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, int32 [O, I] in [0, 15]; scales and offsets [O, G] in the weight's dtype."""
+    weight_OGS = weight_OI.float().unflatten(1, (-1, group_size))
+    low_OG, high_OG = weight_OGS.aminmax(dim=-1)
+    scale_OG = ((high_OG - low_OG) / 15).clamp_min(torch.finfo(torch.float32).tiny).to(weight_OI.dtype)
+    offset_OG = (low_OG + 8 * scale_OG.float()).to(weight_OI.dtype)
+    q_OGS = (weight_OGS - offset_OG.float().unsqueeze(-1)) / scale_OG.float().unsqueeze(-1) + 8
+    return q_OGS.round().clamp(0, 15).to(torch.int32).flatten(1), scale_OG, offset_OG
+
+
+def compiled_weight(functions: CompiledFunctions, weight_OI: Tensor, *, as_int4: bool) -> CompiledWeight:
+    """The same for products by compiled functions."""
+    if as_int4:
+        packed = functions.int4_weight(*quantized_int4(weight_OI, INT4_GROUP_SIZES[0]))
+        return CompiledWeight(functions, *packed, "compiled int4")
+    q_OI, scale_O = quantized_int8(weight_OI)
+    return CompiledWeight(functions, q_OI, scale_O.float(), "compiled int8")
 
 
 def dequantized_product(

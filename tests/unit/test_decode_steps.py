@@ -95,7 +95,7 @@ def test_given_hidden_states_stay_as_they_are_and_the_result_is_its_own(tmp_path
 
 @pytest.mark.parametrize(
     "options",
-    [{"packed_weights": False}, {"quantization": "int8"}, {"batch_invariant": True}, {"compiled": False}],
+    [{"packed_weights": False}, {"batch_invariant": True}, {"compiled": False}],
     ids=str,
 )
 def test_layers_that_are_not_all_compiled_are_called_one_by_one(tmp_path, options) -> None:
