@@ -13,7 +13,7 @@ from torch import Tensor
 from stages.attention.base import AttentionContext
 from stages.compiled import UNROLL
 from stages.compiled.attention import ALL, decode_attention
-from stages.compiled.products import INT4_ROWS, ROW_BLOCK, STREAMS, product
+from stages.compiled.products import ROW_BLOCK, STREAMS, product
 from stages.compiled.rows import rms_norm, rotate_and_store, widen
 from stages.compiled.tiles import GROUP, HAS_AVX512, LANES
 from stages.layers.products import CompiledWeight
@@ -113,9 +113,7 @@ class CompiledFunctions:
         (num_tokens, inputs), outputs = wide_TI.shape, out_TO.shape[1]
         gated = len(weight_OI) // outputs - 1
         threads = _threads(num_tokens * weight_OI.numel())
-        # int4 weights are widened for more rows than a few.
-        row_bytes = inputs * 4 if weight_OI.dtype == torch.uint8 and num_tokens > INT4_ROWS else weight_OI[0].nbytes
-        share = min(SHARE_BYTES // (row_bytes * (1 + gated)), outputs // (4 * threads))
+        share = min(SHARE_BYTES // (weight_OI[0].nbytes * (1 + gated)), outputs // (4 * threads))
         tensors = wide_TI, weight_OI, weight.scales, bias_O, residual_TO, out_TO
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         share = max(1, share // STREAMS) * STREAMS

@@ -12,24 +12,22 @@ from numba import carray, njit
 
 from stages.compiled.attention import exp
 from stages.compiled.memory import ELEMENTS, compiled, narrowed, take, view, widened
-from stages.compiled.tiles import GROUP, LANES, int4_tile, tile
+from stages.compiled.tiles import GROUP, int4_tile, tile
 
 STREAMS = 8
 """Weight rows that one row is multiplied with at once; a product has a multiple of them as outputs."""
-TILE_ROWS = 6
-INT4_ROWS = 3
-"""Up to so many rows int4 weights are multiplied as they are; for more a share of them is widened first."""
+TILE_ROWS, INT4_TILE_ROWS = 6, 4
 ROW_BLOCK = 16 * TILE_ROWS
 """Rows that an item has at most: a block of them stays in the cache that cores share while the weights pass by."""
 WEIGHTS = {**ELEMENTS, "int8": np.int8, "int4": np.uint8}
 """What a weight's elements are to numba; of int4 a byte has two."""
 
 _F = np.float32
-_GROUP, _LANES = np.int64(GROUP), np.int64(LANES)
+_GROUP = np.int64(GROUP)
 
 # As many sums as AVX2 has registers for, less those for rows and weights; one row alone waits for memory, which likes many streams.
 _1x8, _2x4, _3x4, _4x2, _5x2, _6x2 = (tile(rows, s) for rows, s in ((1, 8), (2, 4), (3, 4), (4, 2), (5, 2), (6, 2)))
-_int4_1x4, _int4_2x2, _int4_3x2 = int4_tile(1, 4), int4_tile(2, 2), int4_tile(3, 2)
+_int4_1x2, _int4_2x2, _int4_3x2, _int4_4x2 = (int4_tile(rows, 2) for rows in range(1, INT4_TILE_ROWS + 1))
 
 
 @njit(error_model="numpy")
@@ -56,33 +54,21 @@ def _multiply(rows, x, first, second, width, size, row_bytes, sums, pitch, eleme
 
 @njit(error_model="numpy")
 def _multiply_int4(rows, x, first, second, first_scales, second_scales, width, size, sums, pitch):  # type: ignore[no-untyped-def]
-    """The same with int4 weights, for up to INT4_ROWS rows."""
+    """The same with int4 weights."""
     row_bytes, scale_bytes = size // 2, size // _GROUP * 8
-    length = width // (4 if rows == 1 else 2)
+    length = width // 2
     stride, scale_stride, step = length * row_bytes, length * scale_bytes, length * 4
     for s in range(length):
         place, a, b = sums + s * 4, first + s * row_bytes, second + s * row_bytes
         c, d = first_scales + s * scale_bytes, second_scales + s * scale_bytes
         if rows == 1:
-            _int4_1x4(x, a, b, stride, c, d, scale_stride, size, place, pitch, step)
+            _int4_1x2(x, a, b, stride, c, d, scale_stride, size, place, pitch, step)
         elif rows == 2:
             _int4_2x2(x, a, b, stride, c, d, scale_stride, size, place, pitch, step)
-        else:
+        elif rows == 3:
             _int4_3x2(x, a, b, stride, c, d, scale_stride, size, place, pitch, step)
-
-
-@njit(error_model="numpy")
-def _widen_int4(address, scales_address, rows, size, wide_OI):  # type: ignore[no-untyped-def]
-    """int4 weight rows as float32."""
-    for row in range(rows):
-        scales = view(scales_address + row * (size // _GROUP * 8), size // _GROUP * 2, _F)
-        packed, wide = view(address + row * (size // 2), size // 2, np.uint8), wide_OI[row]
-        for begin in range(0, size, 2 * _LANES):
-            scale, offset = scales[begin // _GROUP * 2], scales[begin // _GROUP * 2 + 1]
-            both, lower, upper = packed[begin // 2 :], wide[begin:], wide[begin + _LANES :]
-            for index in range(_LANES):
-                lower[index] = _F(both[index] & np.uint8(15)) * scale + offset
-                upper[index] = _F(both[index] >> np.uint8(4)) * scale + offset
+        else:
+            _int4_4x2(x, a, b, stride, c, d, scale_stride, size, place, pitch, step)
 
 
 @njit
@@ -103,6 +89,7 @@ def product(dtype: str, weights: str) -> Any:
     element, weight_element = ELEMENTS[dtype], WEIGHTS[weights]
     item_bytes, weight_bytes = np.dtype(element).itemsize, np.dtype(weight_element).itemsize
     is_int8, is_int4 = weights == "int8", weights == "int4"
+    tile_rows = INT4_TILE_ROWS if is_int4 else TILE_ROWS
 
     def multiply(pointer):  # type: ignore[no-untyped-def]
         args = carray(pointer, 12)
@@ -113,7 +100,6 @@ def product(dtype: str, weights: str) -> Any:
         num_items = (num_rows + ROW_BLOCK - 1) // ROW_BLOCK * num_shares
         sums = np.empty((TILE_ROWS, share * 2), _F)
         pitch = share * 8
-        wide_OI = np.empty((share * 2 if is_int4 and num_rows > INT4_ROWS else 0, inputs), _F)
         while True:
             item = take(args, 1)
             if item >= num_items:
@@ -124,23 +110,16 @@ def product(dtype: str, weights: str) -> Any:
             to_second = outputs if gated else half
             first, first_scales = args[2] + begin * row_bytes, args[3] + begin * scale_bytes
             second, second_scales = first + to_second * row_bytes, first_scales + to_second * scale_bytes
-            if is_int4 and num_rows > INT4_ROWS:
-                _widen_int4(first, first_scales, half, inputs, wide_OI)
-                _widen_int4(second, second_scales, half, inputs, wide_OI[half:])
-                first = wide_OI.ctypes.data
-                second = first + half * inputs * 4
             while row < end_row:
-                tiles = (end_row - row + TILE_ROWS - 1) // TILE_ROWS
+                tiles = (end_row - row + tile_rows - 1) // tile_rows
                 rows = (end_row - row + tiles - 1) // tiles
                 x, place = args[1] + row * inputs * 4, sums.ctypes.data
-                if not is_int4:
-                    _multiply(rows, x, first, second, 2 * half, inputs, row_bytes, place, pitch, weight_element(0))
-                elif num_rows > INT4_ROWS:
-                    _multiply(rows, x, first, second, 2 * half, inputs, inputs * 4, place, pitch, _F(0))
-                else:
+                if is_int4:
                     _multiply_int4(
                         rows, x, first, second, first_scales, second_scales, 2 * half, inputs, place, pitch
                     )  # fmt: skip
+                else:
+                    _multiply(rows, x, first, second, 2 * half, inputs, row_bytes, place, pitch, weight_element(0))
                 for r in range(rows):
                     place = ((row + r) * outputs + begin) * item_bytes
                     out, total, up = view(args[6] + place, count, element), sums[r], sums[r][half:]

@@ -80,30 +80,20 @@ def int4_tile(rows: int, streams: int) -> Any:
         ]
 
         def body(k: Any, totals: Sequence[Any]) -> list[Any]:
-            partial, x_sums = [_ZEROS] * (rows * streams), [_ZEROS] * rows
+            summed, group_offset = list(totals), builder.lshr(k, _INDEX(3))
+            assert GROUP == 8 * 8  # eight bytes of scales for so many inputs
+            scales = [code.spread_pair(builder.add(start, group_offset)) for start in scale_starts]
             for begin in range(0, GROUP, 2 * LANES):
                 at = builder.add(k, _INDEX(begin))
                 byte_offset = builder.lshr(at, _INDEX(1))
-                weights = [code.load_int4(builder.add(start, byte_offset)) for start in weight_starts]
-                for row, start in enumerate(row_starts):
-                    for part in range(2):
-                        place = code.times(builder.add(at, _INDEX(part * LANES)), 4)
-                        values = code.load(builder.add(start, place), _FLOATS, 4)
-                        x_sums[row] = builder.fadd(x_sums[row], values)
-                        for stream in range(streams):
-                            index = row * streams + stream
-                            partial[index] = code.add_product(partial[index], values, weights[stream][part])
-            # Eight bytes for GROUP inputs: a scale and an offset.
-            group_offset = builder.lshr(k, _INDEX(3))
-            assert GROUP == 8 * 8
-            summed = list(totals)
-            for stream, start in enumerate(scale_starts):
-                place = builder.add(start, group_offset)
-                scale, offset = code.spread(place), code.spread(builder.add(place, _INDEX(4)))
-                for row in range(rows):
-                    index = row * streams + stream
-                    total = code.add_product(summed[index], partial[index], scale)
-                    summed[index] = code.add_product(total, x_sums[row], offset)
+                offsets = [code.times(builder.add(at, _INDEX(part * LANES)), 4) for part in range(2)]
+                for stream, start in enumerate(weight_starts):
+                    weights = code.load_int4(builder.add(start, byte_offset), *scales[stream])
+                    for row, x_start in enumerate(row_starts):
+                        index = row * streams + stream
+                        for offset, weight in zip(offsets, weights, strict=True):
+                            values = code.load(builder.add(x_start, offset), _FLOATS, 4)
+                            summed[index] = code.add_product(summed[index], values, weight)
             return summed
 
         code.store(code.loop(size, GROUP, rows * streams, body), rows, streams, sums, pitch, step)
@@ -145,19 +135,24 @@ class _Code:
         halves = builder.zext(self.load(address, _HALVES, 2), _BITS)
         return builder.bitcast(builder.shl(halves, ir.Constant(_BITS, [16] * LANES)), _FLOATS)
 
-    def load_int4(self, address: Any) -> tuple[Any, Any]:
-        """2 · LANES of them as float32, in [0, 15]."""
+    def load_int4(self, address: Any, scale: Any, offset: Any) -> tuple[Any, Any]:
+        """2 · LANES of them as float32."""
         builder = self._builder
         both = builder.zext(self.load(address, _BYTES, 1), _BITS)
         lower = builder.and_(both, ir.Constant(_BITS, [15] * LANES))
         upper = builder.lshr(both, ir.Constant(_BITS, [4] * LANES))
-        return builder.sitofp(lower, _FLOATS), builder.sitofp(upper, _FLOATS)
+        lower, upper = (self.add_product(offset, builder.sitofp(q, _FLOATS), scale) for q in (lower, upper))
+        return lower, upper
 
-    def spread(self, address: Any) -> Any:
-        """The float32 at an address in all lanes."""
-        value = self._builder.load(self._builder.inttoptr(address, _FLOAT.as_pointer()), align=4)
-        one = self._builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.IntType(32)(0))
-        return self._builder.shuffle_vector(one, one, ir.Constant(_BITS, [0] * LANES))
+    def spread_pair(self, address: Any) -> tuple[Any, Any]:
+        """The float32 at an address in all lanes, and so the next one."""
+        builder = self._builder
+        spread = []
+        for place in (address, builder.add(address, _INDEX(4))):
+            value = builder.load(builder.inttoptr(place, _FLOAT.as_pointer()), align=4)
+            one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.IntType(32)(0))
+            spread.append(builder.shuffle_vector(one, one, ir.Constant(_BITS, [0] * LANES)))
+        return spread[0], spread[1]
 
     def add_product(self, total: Any, one: Any, other: Any) -> Any:
         """total + one · other, in one instruction where there is one."""
