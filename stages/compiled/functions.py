@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,17 +48,13 @@ class CompiledFunctions:
         self._alone: dict[int, Any] = {}
         self._products: dict[torch.dtype, int] = {}
         self._norm, self._rotate = self.enter(rms_norm(self._name)), self.enter(rotate_and_store(self._name, head_dim))
-        self._attend = self.enter(decode_attention(self._name, head_dim))
+        self._attend, self._widen = self.enter(decode_attention(self._name, head_dim)), self.enter(widen(self._name))
 
-    def _multiply(self, weight_dtype: torch.dtype) -> int:
+    def prepare(self, weight_dtype: torch.dtype) -> None:
+        """Compile products with such weights; int8 are quantized ones, uint8 pairs of int4."""
         if weight_dtype not in self._products:
             weights = {torch.int8: "int8", torch.uint8: "int4"}.get(weight_dtype, self._name)
             self._products[weight_dtype] = self.enter(product(self._name, weights))
-        return self._products[weight_dtype]
-
-    @cached_property
-    def _widen(self) -> int:
-        return self.enter(widen(self._name))
 
     def can_multiply(self, weight_OI: Tensor, *, as_int4: bool = False) -> bool:
         """Whether `multiply` takes this weight [O, I], gated or not, as it is or quantized, and is the fastest there is."""
@@ -108,7 +103,8 @@ class CompiledFunctions:
         residual_TO: Tensor | None,
         out_TO: Tensor,
     ) -> Call:
-        """Of contiguous float32 rows; into `out_TO`, which may be the residual. Gated, where the weight has twice its columns."""
+        """Of contiguous float32 rows, with a weight that was prepared for; into `out_TO`, which may be the residual. Gated, where the
+        weight has twice its columns."""
         weight_OI = weight.weight_OI
         (num_tokens, inputs), outputs = wide_TI.shape, out_TO.shape[1]
         gated = len(weight_OI) // outputs - 1
@@ -117,7 +113,7 @@ class CompiledFunctions:
         tensors = wide_TI, weight_OI, weight.scales, bias_O, residual_TO, out_TO
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         share = max(1, share // STREAMS) * STREAMS
-        entry = self._multiply(weight_OI.dtype)
+        entry = self._products[weight_OI.dtype]
         return [entry, threads, 0, *addresses, num_tokens, inputs, outputs, share, gated]
 
     def widen_call(self, x: Tensor, wide: Tensor) -> Call:

@@ -142,6 +142,7 @@ class CompiledProduct:
 
     def __init__(self, weight: CompiledWeight, bias_O: Tensor | None) -> None:
         self.name, self.weight, self.bias_O = weight.name, weight, bias_O
+        weight.functions.prepare(weight.weight_OI.dtype)
 
     def __call__(self, x_TI: Tensor, residual_TO: Tensor | None = None) -> Tensor:
         """See Product."""
@@ -155,6 +156,7 @@ class CompiledGate:
 
     def __init__(self, weight: CompiledWeight) -> None:
         self.name, self.weight = weight.name, weight
+        weight.functions.prepare(weight.weight_OI.dtype)
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """See GateProduct."""
