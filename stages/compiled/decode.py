@@ -90,7 +90,6 @@ class DecodeSteps:
         number = model.layer_range.start_layer + index
         keys_and_values = self._kv.layer(number)
         hidden_TD, normed_TD, wide, heads_TAH, attended_TD, inner_TF = buffers.all
-        num_tokens = len(hidden_TD)
         calls: list[Call] = []
 
         def multiply(product: Any, x_TI: Tensor, out_TO: Tensor, residual_TO: Tensor | None = None) -> None:
@@ -104,14 +103,14 @@ class DecodeSteps:
             calls.append(functions.norm_call(hidden_TD, module.weight, module.epsilon_1, normed_TD))
 
         norm(layer.input_norm)
-        multiply(layer.qkv.form, normed_TD, heads_TAH.view(num_tokens, -1))
+        multiply(layer.qkv.form, normed_TD, heads_TAH.flatten(1))
         calls.append(
             functions.rotate_call(heads_TAH, config.num_heads, buffers.angles, context.slots_T, *keys_and_values)
         )
         calls.append(
             functions.attend_call(
                 heads_TAH.narrow(1, 0, config.num_heads), *keys_and_values, context, config.sliding_windows[number],
-                attended_TD.view(num_tokens, -1, config.head_dim),
+                attended_TD.unflatten(1, (config.num_heads, config.head_dim)),
             )
         )  # fmt: skip
         multiply(layer.o.form, attended_TD, hidden_TD, hidden_TD)

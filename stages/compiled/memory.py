@@ -17,8 +17,9 @@ ARGUMENTS = types.void(types.CPointer(types.int64))
 
 
 def compiled(function: Callable[[Any], None], **options: Any) -> Any:
-    """A function of ARGUMENTS, with its `address`. What is compiled is kept beside this file or in the user's cache folder, else
-    compiled by every process."""
+    """A function of ARGUMENTS, with its `address`. What is compiled is kept beside its file or in the user's cache folder, else
+    compiled by every process. numba compiles it anew when that file changes, not when one changes that it imports: then clear
+    `stages/compiled/__pycache__`."""
     try:
         return cfunc(ARGUMENTS, error_model="numpy", cache=True, **options)(function)
     except RuntimeError:  # numba finds no folder that it may write to
