@@ -196,8 +196,8 @@ def main() -> int:
         }
         if not args.alone:
             others["transformers"] = (sys.executable, "transformers")
-        if args.vllm_python and not args.alone:
-            others["vllm"] = (args.vllm_python, "vllm")
+            if args.vllm_python:
+                others["vllm"] = (args.vllm_python, "vllm")
         for name, (python, script, *more) in others.items():
             dtype = args.dtype if name.startswith(LIMIT) else args.others_dtype or args.dtype
             worker = stack.enter_context(working(python, script, args.model, dtype, *more))

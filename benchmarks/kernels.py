@@ -2,8 +2,8 @@
 
 `python -m benchmarks.kernels --model FOLDER`. All layers and `lm_head` in one stage, random tokens and KV. The two sides
 run in turn; a ratio is the median of the products alone over the median of the whole forward, so 1 is the bound that
-matrix products set, called from Python one by one: a decode step that is one call may pass it. Prints one JSON object, then a Markdown table; `--twin` times a slow twin
-beside it, with weights in the checkpoint's layout (`products`) or torch's operators in place of compiled functions (`operators`);
+matrix products set, called from Python one by one: a decode step that is one call may pass it. Prints one JSON object, then
+a Markdown table; `--twin` times a slow twin beside it, with weights in the checkpoint's layout (`products`) or torch's operators in place of compiled functions (`operators`);
 `--profile` adds the operators of one case.
 """
 

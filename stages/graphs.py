@@ -94,7 +94,7 @@ class DecodeGraphs:
 
     def takes(self, context: AttentionContext) -> bool:
         """Whether every row decodes, and there are not too many."""
-        return context.num_decode_rows == len(context.query_lens) <= self._max_rows
+        return context.only_decodes and len(context.query_lens) <= self._max_rows
 
     def run(self, input_T: Tensor, context: AttentionContext) -> Tensor:
         """What `Qwen2Stage.forward` gives for the step, in memory of its own."""

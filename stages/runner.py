@@ -75,7 +75,7 @@ class StageRunner:
             dtype=dtype,
             block_size_tokens=block_size_tokens,
             batch_invariant=batch_invariant,
-            functions=None if batch_invariant else functions,
+            functions=functions,
         )
         self.attention_report = f"{attention.name}; {refused}" if refused else attention.name
         if attention.name in ("varlen", "compiled"):
@@ -175,7 +175,7 @@ class StageRunner:
         context = AttentionContext.from_batch(batch, arrays)
         if self._graphs is not None and self._graphs.takes(context):
             hidden_TD = self._graphs.run(input_T, context)
-        elif self._decode is not None and context.num_decode_rows == len(context.query_lens):
+        elif self._decode is not None and context.only_decodes:
             hidden_TD = self._decode.run(input_T, context)
         else:
             hidden_TD = self.model(input_T, context, self._kv)

@@ -34,6 +34,11 @@ class AttentionContext:
     # What a backend worked out for this step and uses again in every layer.
     per_step: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether no row has more than one token."""
+        return self.num_decode_rows == len(self.query_lens)
+
     @classmethod
     def from_batch(cls, batch: StepBatch, arrays: Sequence[Tensor]) -> AttentionContext:
         """`arrays` are the batch's `attention_arrays`, on the device."""

@@ -11,35 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from numba import carray
 from torch import Tensor
 
 from stages.attention.base import AttentionContext
+from stages.compiled.calls import CALL_NUMBERS
 from stages.compiled.functions import Call, CompiledFunctions
-from stages.compiled.memory import call, compiled, view
 from stages.layers.products import CompiledGate, CompiledProduct
 
 if TYPE_CHECKING:
     from stages.kv_cache import KVCache
     from stages.models.qwen2 import DecoderLayer, Qwen2Stage
-
-CALL_NUMBERS = 17
-"""Of a call in the table: address, threads, counter, and as many arguments as attention has, which has most."""
-
-
-def all_calls() -> Any:
-    """The function. Its arguments after a place that it does not use: addresses of GOMP_parallel and of the table, and calls in it."""
-
-    def run(pointer):  # type: ignore[no-untyped-def]
-        args = carray(pointer, 4)
-        place = args[2]
-        for _ in range(args[3]):
-            numbers = view(place, 3, np.int64)
-            numbers[2] = 0
-            call(args[1], numbers[0], place + 16, numbers[1])
-            place += CALL_NUMBERS * 8
-
-    return compiled(run)
 
 
 class DecodeSteps:
@@ -48,7 +29,6 @@ class DecodeSteps:
     def __init__(self, functions: CompiledFunctions, model: Qwen2Stage, kv: KVCache) -> None:
         """The model is loaded, and `possible` for it."""
         self._functions, self._model, self._kv = functions, model, kv
-        self._entry = functions.enter(all_calls())
         # What a layer has of its own, whatever the step: found as the numbers in which layers differ.
         ones = torch.ones(1, dtype=torch.int32)
         context = AttentionContext(
@@ -79,8 +59,7 @@ class DecodeSteps:
         buffers = _Buffers(hidden_TD, angles, self._model)  # kept until all calls are made
         self._table[:] = self._calls(0, buffers, context)
         self._table[:, self._own_places] = self._own
-        num_calls = self._table.shape[0] * self._table.shape[1]
-        self._functions.run([self._entry, 1, 0, self._functions.parallel_address, self._table.ctypes.data, num_calls])
+        self._functions.run_all(self._table)
         return hidden_TD
 
     def _calls(self, index: int, buffers: _Buffers, context: AttentionContext) -> list[Call]:

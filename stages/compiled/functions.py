@@ -6,12 +6,15 @@ import ctypes
 from array import array
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.attention.base import AttentionContext
 from stages.compiled import UNROLL
 from stages.compiled.attention import ALL, decode_attention
+from stages.compiled.calls import CALL_NUMBERS, all_calls
 from stages.compiled.products import ROW_BLOCK, STREAMS, product
 from stages.compiled.rows import rms_norm, rotate_and_store, widen
 from stages.compiled.tiles import GROUP, HAS_AVX512, LANES
@@ -42,19 +45,24 @@ class CompiledFunctions:
         self._parallel: Any = ctypes.CDLL("libgomp.so.1").GOMP_parallel
         self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self._parallel.restype = None
-        self.parallel_address: int = ctypes.cast(self._parallel, ctypes.c_void_p).value or 0
         self.dtype, self._name = dtype, str(dtype).removeprefix("torch.")
         self._entries: list[Any] = []
         self._alone: dict[int, Any] = {}
         self._products: dict[torch.dtype, int] = {}
-        self._norm, self._rotate = self.enter(rms_norm(self._name)), self.enter(rotate_and_store(self._name, head_dim))
-        self._attend, self._widen = self.enter(decode_attention(self._name, head_dim)), self.enter(widen(self._name))
+        self._norm, self._rotate = (
+            self._enter(rms_norm(self._name)),
+            self._enter(rotate_and_store(self._name, head_dim)),
+        )
+        self._attend = self._enter(decode_attention(self._name, head_dim))
+        self._widen = self._run_all = 0  # beside products alone
 
     def prepare(self, weight_dtype: torch.dtype) -> None:
-        """Compile products with such weights; int8 are quantized ones, uint8 pairs of int4."""
+        """Compile products with such weights, and what goes with them; int8 are quantized ones, uint8 pairs of int4."""
+        if not self._products:
+            self._widen, self._run_all = self._enter(widen(self._name)), self._enter(all_calls())
         if weight_dtype not in self._products:
             weights = {torch.int8: "int8", torch.uint8: "int4"}.get(weight_dtype, self._name)
-            self._products[weight_dtype] = self.enter(product(self._name, weights))
+            self._products[weight_dtype] = self._enter(product(self._name, weights))
 
     def can_multiply(self, weight_OI: Tensor, *, as_int4: bool = False) -> bool:
         """Whether `multiply` takes this weight [O, I], gated or not, as it is or quantized, and is the fastest there is."""
@@ -136,20 +144,6 @@ class CompiledFunctions:
         addresses = x_TD.data_ptr(), out_TD.data_ptr(), weight_D.data_ptr(), epsilon_1.data_ptr()
         return [self._norm, threads, 0, *addresses, num_tokens, size, _share(num_tokens, threads)]
 
-    def rotate_and_store(
-        self,
-        heads_TAH: Tensor,
-        num_heads: int,
-        angles: tuple[Tensor, Tensor],
-        slots_T: Tensor,
-        keys_BSKH: Tensor,
-        values_BSKH: Tensor,
-    ) -> None:
-        """Rotate queries and keys among the heads [T, N + 2K, H] in place, and store keys and values; see layers.ops.rotate_ and
-        KVCache.write."""
-        assert heads_TAH.is_contiguous()
-        self.run(self.rotate_call(heads_TAH, num_heads, angles, slots_T, keys_BSKH, values_BSKH))
-
     def rotate_call(
         self,
         heads_TAH: Tensor,
@@ -159,7 +153,9 @@ class CompiledFunctions:
         keys_BSKH: Tensor,
         values_BSKH: Tensor,
     ) -> Call:
-        """See `rotate_and_store`."""
+        """Rotate queries and keys among the heads [T, N + 2K, H] in place, and store keys and values; see layers.ops.rotate_ and
+        KVCache.write."""
+        assert heads_TAH.is_contiguous()
         num_tokens = len(heads_TAH)
         threads = _threads(heads_TAH.numel())
         addresses = [tensor.data_ptr() for tensor in (heads_TAH, *angles, slots_T, keys_BSKH, values_BSKH)]
@@ -209,8 +205,12 @@ class CompiledFunctions:
         else:
             self._parallel(entry, address, threads, 0)
 
-    def enter(self, function: Any) -> int:
-        """The address of a compiled function, for calls."""
+    def run_all(self, table: NDArray[np.int64]) -> None:
+        """Make the calls of a table [..., CALL_NUMBERS], in their order, once products were prepared for."""
+        parallel = ctypes.cast(self._parallel, ctypes.c_void_p).value or 0
+        self.run([self._run_all, 1, 0, parallel, table.ctypes.data, table.size // CALL_NUMBERS])
+
+    def _enter(self, function: Any) -> int:
         self._entries.append(function)  # kept: the code lives as long as it does
         address: int = function.address
         self._alone[address] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)

@@ -34,29 +34,6 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-def _function(builder: Any, address: Any, num_arguments: int) -> Any:
-    """The C function at an address: void, of int64 numbers or pointers."""
-    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * num_arguments)
-    return builder.inttoptr(address, kind.as_pointer())
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def call(typing_context: Any, parallel: Any, function: Any, argument: Any, threads: Any) -> Any:
-    """Call the compiled function at an address with the address of its arguments, on one thread or, by GOMP_parallel, on several."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        gomp, entry, pointer, number = args
-        alone = builder.icmp_signed("==", number, number.type(1))
-        with builder.if_else(alone) as (then, otherwise):
-            with then:
-                builder.call(_function(builder, entry, 1), (pointer,))
-            with otherwise:
-                builder.call(_function(builder, gomp, 4), (entry, pointer, number, number.type(0)))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), generate
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def take(typing_context: Any, counter: Any, amount: Any) -> Any:
     """Add `amount` to the first element of an int64 array, atomically; returns what was there.

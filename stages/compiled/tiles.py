@@ -24,7 +24,6 @@ _INDEX, _FLOAT = ir.IntType(64), ir.FloatType()
 _FLOATS, _BITS = ir.VectorType(_FLOAT, LANES), ir.VectorType(ir.IntType(32), LANES)
 _HALVES, _BYTES = ir.VectorType(ir.IntType(16), LANES), ir.VectorType(ir.IntType(8), LANES)
 _ZEROS = ir.Constant(_FLOATS, [0.0] * LANES)
-_WEIGHT_BYTES = {types.float32: 4, types.uint16: 2, types.int8: 1}
 
 
 def tile(rows: int, streams: int) -> Any:
@@ -41,7 +40,7 @@ def tile(rows: int, streams: int) -> Any:
         weight_starts = [place for start in (first, second) for place in code.places(start, streams // 2, stride)]
 
         def body(k: Any, totals: Sequence[Any]) -> list[Any]:
-            offset, weight_offset = code.times(k, 4), code.times(k, _WEIGHT_BYTES[element])
+            offset, weight_offset = code.times(k, 4), code.times(k, element.bitwidth // 8)
             weights = [code.load_weights(builder.add(start, weight_offset), element) for start in weight_starts]
             summed = []
             for row, start in enumerate(row_starts):

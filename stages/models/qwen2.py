@@ -119,8 +119,10 @@ class Qwen2Stage(nn.Module):
             heads_TAH = self._by_row(layer.project, hidden_TD).unflatten(-1, (-1, config.head_dim))
             q_TNH, k_TKH, v_TKH = heads_TAH.split(head_sizes, 1)
             if self._functions is not None:
-                self._functions.rotate_and_store(
-                    heads_TAH, config.num_heads, angles_T1H, context.slots_T, *kv.layer(index)
+                self._functions.run(
+                    self._functions.rotate_call(
+                        heads_TAH, config.num_heads, angles_T1H, context.slots_T, *kv.layer(index)
+                    )
                 )
             else:
                 rotate_(heads_TAH.narrow(1, 0, config.num_heads + config.num_kv_heads), *angles_T1H)

@@ -78,7 +78,7 @@ def test_rotation_has_the_same_bits_and_everything_is_stored(functions, threads,
     slots_T, positions_T = torch.randperm(160)[:num_tokens], torch.randint(5000, (num_tokens,))
     angles = RotaryEmbedding(HEAD_DIM, 10_000.0, device=CPU).angles(positions_T, dtype)
     got, expected = heads_TAH.clone(), heads_TAH.clone()
-    ours.rotate_and_store(got, num_heads, angles, slots_T, *caches[0].layer(0))
+    ours.run(ours.rotate_call(got, num_heads, angles, slots_T, *caches[0].layer(0)))
     rotate_(expected.narrow(1, 0, num_heads + num_kv_heads), *angles)
     caches[1].write(0, slots_T, *expected.split((num_heads, num_kv_heads, num_kv_heads), 1)[1:])
     assert torch.equal(got, expected)
