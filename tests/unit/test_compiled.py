@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,11 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode_attention import plain_softmax
 
-import stages.compiled.choice
 from stages.attention.compiled import CompiledAttention
 from stages.attention.self_check import batch_context
 from stages.compiled import functions as compiled
-from stages.compiled.functions import CompiledFunctions
 from stages.config import ModelConfig
 from stages.kv_cache import KVCache
 from stages.layers.ops import RMSNorm, RotaryEmbedding, rotate_
@@ -26,31 +22,7 @@ from tests.stage_chain import Chain
 from tests.tiny import save_tiny, tiny_model
 
 CPU = torch.device("cpu")
-DTYPES = [torch.float32, torch.bfloat16]
 HEAD_DIM = 16
-
-
-@pytest.fixture(scope="module", params=DTYPES, ids=str)
-def functions(request) -> tuple[CompiledFunctions, torch.dtype]:
-    return CompiledFunctions(request.param, HEAD_DIM), request.param
-
-
-@contextmanager
-def on_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(params=[1, compiled.PARALLEL_ELEMENTS], ids=["on two threads", "on one"])
-def threads(request, monkeypatch: pytest.MonkeyPatch):
-    """From how many elements on more than one thread works."""
-    monkeypatch.setattr(compiled, "PARALLEL_ELEMENTS", request.param)
-    with on_threads(2):
-        yield
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 257])
@@ -107,7 +79,7 @@ def test_attention_agrees_with_a_plain_softmax(data: st.DataObject, functions) -
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
-def test_threads_share_out_the_same_bits(functions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_out_the_same_bits(functions, on_threads, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, dtype = functions
     context, num_blocks = batch_context(tuple((10 + 53 * i, 1) for i in range(24)), 16, CPU)
     torch.manual_seed(0)
@@ -137,11 +109,6 @@ def test_what_is_not_finite_stays_so_and_in_its_row(functions, poison: float) ->
     norm = RMSNorm(96, 1e-6, dtype=dtype, device=CPU, functions=ours)
     norm.weight.data.fill_(1)
     assert norm(x_TD).isnan().any(1).tolist() == [False, True, False]
-
-
-@pytest.fixture
-def for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.compiled.choice, "COMPILED_FROM_PARAMETERS", 0)
 
 
 def test_a_model_says_what_transformers_says(tmp_path, for_all_sizes) -> None:

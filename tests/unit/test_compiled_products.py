@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import stages.compiled.choice
 from stages.compiled import functions as compiled
 from stages.compiled.functions import CompiledFunctions
 from stages.compiled.products import ROW_BLOCK, STREAMS
@@ -22,13 +21,6 @@ from stages.layers.row_independence import rows_are_independent
 from tests.parity.test_model import reference
 from tests.stage_chain import Chain
 from tests.tiny import save_tiny, tiny_model
-
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(scope="module", params=DTYPES, ids=str)
-def functions(request) -> tuple[CompiledFunctions, torch.dtype]:
-    return CompiledFunctions(request.param, 16), request.param
 
 
 def plain(functions: CompiledFunctions, weight: torch.Tensor) -> CompiledWeight:
@@ -147,12 +139,6 @@ def test_what_oneDNN_is_faster_at_or_does_not_fit_is_left_to_torch(functions, mo
     chooser = ProductChooser(packed=False, batch_invariant=False, functions=ours)
     chooser.linear(weight, None)
     assert "1 plain" in chooser.report()
-
-
-@pytest.fixture
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.compiled.choice, "COMPILED_FROM_PARAMETERS", 0)
-    monkeypatch.setattr(compiled, "onednn_is_faster", lambda _: False)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -6,31 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-import stages.compiled.choice
 from stageline.stage.v1 import stage_service_pb2 as pb
 from stages.batch import StepBatch
-from stages.compiled import functions as compiled
 from stages.compiled.decode import DecodeSteps
 from tests.stage_chain import BLOCK, NUM_BLOCKS, Chain
 from tests.tiny import save_tiny, tiny_model
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
-
-
-@pytest.fixture(autouse=True)
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.compiled.choice, "COMPILED_FROM_PARAMETERS", 0)
-    monkeypatch.setattr(compiled, "onednn_is_faster", lambda _: False)
-
-
-@pytest.fixture(params=[1, 1 << 16], ids=["on two threads", "on one"])
-def threads(request, monkeypatch: pytest.MonkeyPatch):
-    """From how many elements on more than one thread works."""
-    monkeypatch.setattr(compiled, "PARALLEL_ELEMENTS", request.param)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def chains(folder, monkeypatch: pytest.MonkeyPatch, cuts: list[int], **options) -> tuple[Chain, Chain]:
